@@ -1,0 +1,1 @@
+"""Reading published BAGEL checkpoints, and writing and reading converted ones."""

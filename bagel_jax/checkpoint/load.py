@@ -1,0 +1,162 @@
+"""From a checkpoint's files to a model, one parameter at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from flax import nnx
+
+from bagel_jax.checkpoint.files import CheckpointFiles, TensorInfo
+from bagel_jax.checkpoint.table import AUTOENCODER, COMPONENTS, MAIN, Target, resolve
+from bagel_jax.config import BagelConfig
+from bagel_jax.errors import InputError
+from bagel_jax.models.bagel import BagelModel
+
+_NUMPY = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A model taken apart for `jax.jit`: the static graph and the pytree of parameters (`nnx.split`)."""
+
+    graph: nnx.GraphDef
+    params: nnx.State
+
+    def model(self) -> BagelModel:
+        """The module again."""
+        return nnx.merge(self.graph, self.params)
+
+
+def abstract_weights(config: BagelConfig, dtype) -> Weights:
+    """The model with `jax.ShapeDtypeStruct` in place of every parameter; nothing is allocated."""
+    return Weights(*nnx.split(nnx.eval_shape(lambda: BagelModel(config, dtype, nnx.Rngs(0)))))
+
+
+def flatten(params: nnx.State) -> dict[str, object]:
+    """Parameters by dotted path."""
+    return {
+        ".".join(map(str, path)): variable.get_value() for path, variable in nnx.to_flat_state(params)
+    }
+
+
+def fill(weights: Weights, arrays: dict[str, jax.Array]) -> Weights:
+    """`weights` with each parameter replaced by the array of its dotted path."""
+    flat = [
+        (path, variable.replace(arrays[".".join(map(str, path))]))
+        for path, variable in nnx.to_flat_state(weights.params)
+    ]
+    return Weights(weights.graph, nnx.from_flat_state(flat))
+
+
+@dataclass
+class Report:
+    """How a checkpoint's tensors fit a model."""
+
+    tensors: dict[str, list[TensorInfo]] = field(default_factory=lambda: {name: [] for name in COMPONENTS})
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    wrong_shape: list[str] = field(default_factory=list)
+
+    @property
+    def problems(self) -> list[str]:
+        """One line a tensor that does not fit."""
+        return (
+            [f"tensor {name} is missing" for name in self.missing]
+            + [f"tensor {name} is unexpected" for name in self.unexpected]
+            + self.wrong_shape
+        )
+
+
+class PublishedCheckpoint:
+    """A checkpoint in the published layout, its tensors matched to the model they fill.
+
+    Args:
+        files: the open files.
+        config: the sizes, from `read_config`.
+    """
+
+    def __init__(self, files: CheckpointFiles, config: BagelConfig):
+        self.files, self.config = files, config
+        shapes = {path: leaf.shape for path, leaf in flatten(abstract_weights(config, jnp.float32).params).items()}
+        self.targets = resolve(shapes)
+
+    def report(self) -> Report:
+        """Missing, unexpected and wrong-shaped tensors, and what each component holds."""
+        report = Report()
+        expected = set()
+        for target in self.targets:
+            kind = target.row.file
+            for name in target.sources:
+                expected.add((kind, name))
+                info = self.files.tensors[kind].get(name)
+                if info is None:
+                    report.missing.append(name)
+                    continue
+                report.tensors[target.row.component].append(info)
+                if info.shape != target.source_shape:
+                    report.wrong_shape.append(
+                        f"tensor {name} has shape {list(info.shape)}; the model needs {list(target.source_shape)}"
+                    )
+                elif info.dtype not in _NUMPY:
+                    report.wrong_shape.append(
+                        f"tensor {name} has dtype {info.dtype}; only {', '.join(_NUMPY)} can be read"
+                    )
+        report.unexpected = [
+            name for kind in (MAIN, AUTOENCODER) for name in self.files.tensors[kind] if (kind, name) not in expected
+        ]
+        return report
+
+    def check(self) -> None:
+        """Raises `InputError`, naming the tensors, unless every tensor fits."""
+        problems = self.report().problems
+        if problems:
+            shown = "; ".join(problems[:10]) + (f"; and {len(problems) - 10} more" if len(problems) > 10 else "")
+            raise InputError(f"the checkpoint in {self.files.directory} does not fit its model: {shown}")
+
+    def stored_dtype(self, target: Target) -> np.dtype:
+        """The dtype that a parameter's tensors have in the file."""
+        return np.dtype(_NUMPY[self.files.tensors[target.row.file][target.sources[0]].dtype])
+
+    def read(self, target: Target, dtype, sharding: jax.sharding.Sharding) -> jax.Array:
+        """One parameter as an array of `dtype`; each device reads only its own part of each tensor."""
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            index = tuple(slice(*s.indices(size)) for s, size in zip(index, target.shape, strict=True))
+            axes = target.row.axes or tuple(range(len(target.source_shape)))
+            inner = index[1:] if target.row.stacked else index
+            source_index = [slice(None)] * len(axes)
+            for target_axis, source_axis in enumerate(axes):
+                source_index[source_axis] = inner[target_axis]
+
+            def tensor(name):
+                return self.files.read(target.row.file, name, tuple(source_index)).transpose(axes)
+
+            if not target.row.stacked:
+                return np.ascontiguousarray(tensor(target.sources[0]).astype(dtype, copy=False))
+            out = np.empty([s.stop - s.start for s in index], dtype)
+            for place, layer in enumerate(range(index[0].start, index[0].stop)):
+                out[place] = tensor(target.sources[layer])
+            return out
+
+        return jax.make_array_from_callback(target.shape, sharding, part)
+
+    def load(self, dtype, progress=iter) -> Weights:
+        """All weights in `dtype`, on the default device.
+
+        Args:
+            dtype: jax dtype of every parameter.
+            progress: wraps the sequence of parameters, for a progress bar.
+
+        Raises:
+            InputError: a tensor is missing, unexpected or of the wrong shape.
+        """
+        self.check()
+        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        targets: Iterable[Target] = progress(self.targets)
+        arrays = {target.path: self.read(target, jnp.dtype(dtype), sharding) for target in targets}
+        return fill(abstract_weights(self.config, dtype), arrays)

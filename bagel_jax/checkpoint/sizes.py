@@ -1,0 +1,161 @@
+"""A model's sizes, from its json files and, where those are silent or wrong, from its tensors' shapes.
+
+Known to be silent: the autoencoder's widths stand nowhere. Known to be wrong: `max_latent_size` in config.json (32;
+the table has 64x64 rows), and `num_hidden_layers` in vit_config.json, which counts one layer more than there is.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from bagel_jax.checkpoint.files import CheckpointFiles, read_json
+from bagel_jax.checkpoint.table import AUTOENCODER, MAIN
+from bagel_jax.config import AutoencoderConfig, BagelConfig, TrunkConfig, VitConfig
+from bagel_jax.errors import InputError
+from bagel_jax.models.layers import ACTIVATIONS
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+# The official `load_ae` states these in code.
+_SCALE_FACTOR, _SHIFT_FACTOR = 0.3611, 0.1159
+
+
+def read_config(files: CheckpointFiles) -> BagelConfig:
+    """The sizes of the model in a checkpoint directory.
+
+    Raises:
+        InputError: a json file or one of its fields is missing or makes no sense, or a tensor that tells a size is
+            missing.
+    """
+    directory = files.directory
+    top = read_json(directory / "config.json") if (directory / "config.json").exists() else {}
+    llm = _Json(_part(directory, top, "llm_config"), directory / "llm_config.json")
+    vit = _Json(_part(directory, top, "vit_config"), directory / "vit_config.json")
+    top = _Json(top, directory / "config.json")
+    main = files.shapes(MAIN)
+    autoencoder = _autoencoder(files.shapes(AUTOENCODER), top.get("vae_config", dict, {}))
+    latent_dim = _shape(main, "vae2llm.weight")[1]
+    return BagelConfig(
+        trunk=_trunk(llm),
+        vit=_vit(vit, main),
+        autoencoder=autoencoder,
+        latent_patch_size=_root(latent_dim // autoencoder.latent_channels, "vae2llm.weight"),
+        max_latent_size=_root(_shape(main, "latent_pos_embed.pos_embed")[0], "latent_pos_embed.pos_embed"),
+        max_vit_patches=_root(_shape(main, "vit_pos_embed.pos_embed")[0], "vit_pos_embed.pos_embed"),
+        connector_activation=_activation(top, "connector_act", "gelu_pytorch_tanh"),
+        time_frequencies=_shape(main, "time_embedder.mlp.0.weight")[1],
+        interpolate_positions=top.get("interpolate_pos", bool, False),
+    )
+
+
+class _Json:
+    """Fields of a json object, checked as they are read."""
+
+    def __init__(self, data: dict, path: Path):
+        self.data, self.path = data, path
+
+    def get(self, name: str, kind: type, default=None):
+        value = self.data.get(name, default)
+        if value is None:
+            raise InputError(f"{self.path} has no {name}; it must be given")
+        if kind is float and isinstance(value, int):
+            value = float(value)
+        if not isinstance(value, kind) or (kind is int and (isinstance(value, bool) or value < 1)):
+            raise InputError(f"{self.path} has {name} = {value!r}; it must be a positive {kind.__name__}")
+        return value
+
+
+def _part(directory: Path, top: dict, name: str) -> dict:
+    """A json file of its own or, without one, the object of that name in config.json."""
+    path = directory / f"{name}.json"
+    if not path.exists() and isinstance(top.get(name), dict):
+        return top[name]
+    return read_json(path)
+
+
+def _activation(data: _Json, name: str, default: str) -> str:
+    value = data.get(name, str, default)
+    if value not in ACTIVATIONS:
+        raise InputError(f"{data.path} has {name} = {value!r}; it must be one of {', '.join(ACTIVATIONS)}")
+    return value
+
+
+def _shape(shapes: Shapes, name: str) -> tuple[int, ...]:
+    if name not in shapes:
+        raise InputError(f"tensor {name} is missing from the checkpoint; the model's size is read off it")
+    return shapes[name]
+
+
+def _root(number: int, name: str) -> int:
+    root = math.isqrt(number)
+    if root < 1 or root * root != number:
+        raise InputError(f"tensor {name} has {number} entries to a square table; that is no square number")
+    return root
+
+
+def _count(shapes: Shapes, pattern: str) -> int:
+    """One more than the largest number that stands at the group of `pattern` in any name."""
+    numbers = [int(found[1]) for name in shapes if (found := re.match(pattern, name))]
+    return max(numbers, default=-1) + 1
+
+
+def _trunk(llm: _Json) -> TrunkConfig:
+    width, heads = llm.get("hidden_size", int), llm.get("num_attention_heads", int)
+    kv_heads = llm.get("num_key_value_heads", int, heads)
+    head_dim = llm.get("head_dim", int, width // heads)
+    if heads % kv_heads:
+        raise InputError(f"{llm.path} has {heads} attention heads on {kv_heads} key-value heads; it must divide")
+    if head_dim % 2:
+        raise InputError(f"{llm.path} gives a head width of {head_dim}; rotary embedding needs an even one")
+    if llm.data.get("rope_scaling"):
+        raise InputError(f"{llm.path} asks for rope_scaling; only plain rotary embedding is supported")
+    return TrunkConfig(
+        vocab_size=llm.get("vocab_size", int),
+        hidden_size=width,
+        num_layers=llm.get("num_hidden_layers", int),
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        mlp_width=llm.get("intermediate_size", int),
+        rope_theta=llm.get("rope_theta", float, 10000.0),
+        norm_eps=llm.get("rms_norm_eps", float, 1e-6),
+        activation=_activation(llm, "hidden_act", "silu"),
+    )
+
+
+def _vit(vit: _Json, shapes: Shapes) -> VitConfig:
+    prefix = "vit_model.vision_model"
+    layers = _count(shapes, re.escape(prefix) + r"\.encoder\.layers\.(\d+)\.")
+    stated = vit.get("num_hidden_layers", int)
+    if layers not in (stated, stated - 1):
+        raise InputError(
+            f"the checkpoint holds {layers} ViT layers, but {vit.path} says {stated}; it must say {layers} or {layers + 1}"
+        )
+    return VitConfig(
+        hidden_size=vit.get("hidden_size", int),
+        num_layers=layers,
+        num_heads=vit.get("num_attention_heads", int),
+        mlp_width=vit.get("intermediate_size", int),
+        patch_size=vit.get("patch_size", int),
+        num_positions=_shape(shapes, f"{prefix}.embeddings.position_embedding.weight")[0],
+        channels=vit.get("num_channels", int, 3),
+        norm_eps=vit.get("layer_norm_eps", float, 1e-6),
+        activation=_activation(vit, "hidden_act", "gelu_pytorch_tanh"),
+    )
+
+
+def _autoencoder(shapes: Shapes, stated: dict) -> AutoencoderConfig:
+    base, image_channels = _shape(shapes, "encoder.conv_in.weight")[:2]
+    levels = _count(shapes, r"encoder\.down\.(\d+)\.")
+    return AutoencoderConfig(
+        image_channels=image_channels,
+        base_width=base,
+        widths=tuple(_shape(shapes, f"encoder.down.{i}.block.0.conv1.weight")[0] for i in range(levels)),
+        num_res_blocks=_count(shapes, r"encoder\.down\.\d+\.block\.(\d+)\."),
+        latent_channels=_shape(shapes, "decoder.conv_in.weight")[1],
+        scale_factor=float(stated.get("scale_factor", _SCALE_FACTOR)),
+        shift_factor=float(stated.get("shift_factor", _SHIFT_FACTOR)),
+    )

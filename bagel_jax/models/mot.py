@@ -1,0 +1,167 @@
+"""The Mixture-of-Transformers trunk: two sets of expert weights, one attention.
+
+Text and ViT tokens go through the understanding expert, latent tokens through the generation expert, and the two
+markers around a latent block through the understanding one. Which token is which is known from the block, so
+experts are chosen by slicing, never by a gather.
+
+Source: official `modeling/bagel/qwen2_navit.py`, `Qwen2MoTDecoderLayer` and `PackedAttentionMoT`.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from bagel_jax.config import TrunkConfig
+from bagel_jax.models.attention import KV, attend
+from bagel_jax.models.layers import ACTIVATIONS, linear, precision, rms_norm, scan_layers, stack
+
+
+class Block(NamedTuple):
+    """Hidden states of one block of B rows, kept apart by expert.
+
+    Without latents, `und` is `[B, T, D]`. With latents, `und` is `[B, 2, D]`, the block's start and end marker, and
+    `gen` `[B, N, D]` stands between them: T = N + 2.
+    """
+
+    und: jax.Array
+    gen: jax.Array | None = None
+
+
+class Prefix(NamedTuple):
+    """What the rows of a block have behind them: read-only caches and how much of them each row sees."""
+
+    caches: tuple[KV, ...]  # each [L, S, K, E]; rows may share one
+    rows: tuple[int, ...]  # static: which cache each of the B rows sees
+    length: jax.Array  # [B] int32
+
+
+def rotary(positions: jax.Array, width: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine of rotary position embedding, `[..., E]` float32, for integer `positions` `[...]`."""
+    exponent = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
+    frequencies = (np.float32(1) / np.float32(theta) ** exponent).astype(np.float32)
+    angles = positions[..., None].astype(jnp.float32) * jnp.concatenate([frequencies, frequencies])
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def _rotate(x, cos, sin):
+    """Rotary embedding of `x` `[B, T, heads, E]` in float32; the halves of E are the pairs."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([-second, first], axis=-1)
+    return x.astype(jnp.float32) * cos[..., None, :] + turned * sin[..., None, :]
+
+
+class Expert(nnx.Module):
+    """The weights of one expert in one layer: norms, attention projections, gated MLP."""
+
+    def __init__(self, c: TrunkConfig, dtype, rngs: nnx.Rngs):
+        self.config, self.dtype = c, dtype
+        self.input_norm = rms_norm(c.hidden_size, c.norm_eps, dtype, rngs)
+        self.q = linear(c.hidden_size, c.num_heads * c.head_dim, dtype, rngs)
+        self.k = linear(c.hidden_size, c.num_kv_heads * c.head_dim, dtype, rngs)
+        self.v = linear(c.hidden_size, c.num_kv_heads * c.head_dim, dtype, rngs)
+        self.o = linear(c.num_heads * c.head_dim, c.hidden_size, dtype, rngs, bias=False)
+        # Float32 out: the rotation that follows is done before rounding.
+        self.q_norm = nnx.RMSNorm(
+            c.head_dim, epsilon=c.norm_eps, dtype=jnp.float32, param_dtype=dtype, rngs=rngs
+        )
+        self.k_norm = nnx.RMSNorm(
+            c.head_dim, epsilon=c.norm_eps, dtype=jnp.float32, param_dtype=dtype, rngs=rngs
+        )
+        self.post_norm = rms_norm(c.hidden_size, c.norm_eps, dtype, rngs)
+        self.gate = linear(c.hidden_size, c.mlp_width, dtype, rngs, bias=False)
+        self.up = linear(c.hidden_size, c.mlp_width, dtype, rngs, bias=False)
+        self.down = linear(c.mlp_width, c.hidden_size, dtype, rngs, bias=False)
+
+    def qkv(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """`[B, T, D]` -> queries `[B, T, H, E]`, keys and values `[B, T, K, E]`, normed and rotated."""
+        h = self.input_norm(x)
+        q, k, v = (p(h).reshape(*h.shape[:-1], -1, self.config.head_dim) for p in (self.q, self.k, self.v))
+        q = _rotate(self.q_norm(q), cos, sin).astype(self.dtype)
+        k = _rotate(self.k_norm(k), cos, sin).astype(self.dtype)
+        return q, k, v
+
+    def finish(self, x: jax.Array, attended: jax.Array) -> jax.Array:
+        """Residual `[B, T, D]` and attention output `[B, T, H, E]` -> the layer's output `[B, T, D]`."""
+        x = x + self.o(attended.reshape(*attended.shape[:-2], -1))
+        h = self.post_norm(x)
+        return x + self.down(ACTIVATIONS[self.config.activation](self.gate(h)) * self.up(h))
+
+
+class Layer(nnx.Module):
+    """One layer: both experts around one attention."""
+
+    def __init__(self, c: TrunkConfig, dtype, rngs: nnx.Rngs):
+        self.und = Expert(c, dtype, rngs)
+        self.gen = Expert(c, dtype, rngs)
+
+    def __call__(self, x: Block, cos, sin, kv_end, prefix: Prefix) -> tuple[Block, KV]:
+        """One layer over a block; `prefix.caches` are this layer's, `[S, K, E]`. Also returns the block's own KV."""
+        q, k, v = self.und.qkv(x.und, cos, sin)
+        if x.gen is not None:
+            q, k, v = (
+                _between(markers, latents)
+                for markers, latents in zip((q, k, v), self.gen.qkv(x.gen, cos, sin), strict=True)
+            )
+        rows = []
+        for row, cache in enumerate(prefix.rows or (None,) * q.shape[0]):
+            past = None if cache is None else prefix.caches[cache]
+            length = None if cache is None else prefix.length[row]
+            rows.append(attend(q[row], KV(k[row], v[row]), kv_end, past, length))
+        out = jnp.stack(rows)
+        if x.gen is None:
+            return Block(self.und.finish(x.und, out)), KV(k, v)
+        markers = jnp.concatenate([out[:, :1], out[:, -1:]], axis=1)
+        return Block(self.und.finish(x.und, markers), self.gen.finish(x.gen, out[:, 1:-1])), KV(k, v)
+
+
+def _between(markers, latents):
+    """`[B, 2, ...]` and `[B, N, ...]` -> `[B, N + 2, ...]`: start marker, latents, end marker."""
+    return jnp.concatenate([markers[:, :1], latents, markers[:, 1:]], axis=1)
+
+
+class MoT(nnx.Module):
+    """Token embedding, L layers under `lax.scan`, final norms and the output head."""
+
+    def __init__(self, c: TrunkConfig, dtype, rngs: nnx.Rngs):
+        self.config = c
+        self.embed = nnx.Embed(c.vocab_size, c.hidden_size, dtype=dtype, param_dtype=dtype, rngs=rngs)
+        self.layers = stack(partial(Layer, c, dtype), c.num_layers, rngs)
+        self.norm = rms_norm(c.hidden_size, c.norm_eps, dtype, rngs)
+        self.norm_gen = rms_norm(c.hidden_size, c.norm_eps, dtype, rngs)
+        self.lm_head = linear(c.hidden_size, c.vocab_size, dtype, rngs, bias=False)
+
+    def __call__(
+        self, x: Block, positions: jax.Array, kv_end: jax.Array, prefix: Prefix | None = None
+    ) -> tuple[Block, KV]:
+        """All layers over one block of tokens.
+
+        Args:
+            x: embedded tokens, B rows.
+            positions: RoPE positions, `[B, T]` or `[B, 1]` where the whole block shares one.
+            kv_end: `[T]` int32, how many of the block's own tokens each token sees (`attention.py`).
+            prefix: the caches before the block; None where there are none.
+
+        Returns:
+            The normed hidden states, and the block's own keys and values `[L, B, T, K, E]`.
+        """
+        cos, sin = rotary(positions, self.config.head_dim, self.config.rope_theta)
+        prefix = prefix or Prefix((), (), jnp.zeros((0,), jnp.int32))
+
+        def step(layer, x, caches):
+            return layer(x, cos, sin, kv_end, prefix._replace(caches=caches))
+
+        x, fresh = scan_layers(self.layers, step, x, prefix.caches)
+        return Block(self.norm(x.und), None if x.gen is None else self.norm_gen(x.gen)), fresh
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """`[..., D]` (from `__call__`) -> `[..., V]` float32."""
+        kernel = self.lm_head.kernel[...]
+        return jnp.matmul(
+            hidden, kernel, precision=precision(hidden.dtype), preferred_element_type=jnp.float32
+        )
