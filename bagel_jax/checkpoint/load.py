@@ -2,55 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from flax import nnx
 
 from bagel_jax.checkpoint.files import CheckpointFiles, TensorInfo
 from bagel_jax.checkpoint.table import AUTOENCODER, COMPONENTS, MAIN, Target, resolve
 from bagel_jax.config import BagelConfig
 from bagel_jax.errors import InputError
-from bagel_jax.models.bagel import BagelModel
+from bagel_jax.models.weights import Weights, abstract_weights, fill, flatten
 
 _NUMPY = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
-
-
-@dataclass(frozen=True)
-class Weights:
-    """A model taken apart for `jax.jit`: the static graph and the pytree of parameters (`nnx.split`)."""
-
-    graph: nnx.GraphDef
-    params: nnx.State
-
-    def model(self) -> BagelModel:
-        """The module again."""
-        return nnx.merge(self.graph, self.params)
-
-
-def abstract_weights(config: BagelConfig, dtype) -> Weights:
-    """The model with `jax.ShapeDtypeStruct` in place of every parameter; nothing is allocated."""
-    return Weights(*nnx.split(nnx.eval_shape(lambda: BagelModel(config, dtype, nnx.Rngs(0)))))
-
-
-def flatten(params: nnx.State) -> dict[str, object]:
-    """Parameters by dotted path."""
-    return {
-        ".".join(map(str, path)): variable.get_value() for path, variable in nnx.to_flat_state(params)
-    }
-
-
-def fill(weights: Weights, arrays: dict[str, jax.Array]) -> Weights:
-    """`weights` with each parameter replaced by the array of its dotted path."""
-    flat = [
-        (path, variable.replace(arrays[".".join(map(str, path))]))
-        for path, variable in nnx.to_flat_state(weights.params)
-    ]
-    return Weights(weights.graph, nnx.from_flat_state(flat))
 
 
 @dataclass
@@ -145,18 +111,17 @@ class PublishedCheckpoint:
 
         return jax.make_array_from_callback(target.shape, sharding, part)
 
-    def load(self, dtype, progress=iter) -> Weights:
+    def load(self, dtype, progress: Callable[[int, int], None] | None = None) -> Weights:
         """All weights in `dtype`, on the default device.
 
         Args:
             dtype: jax dtype of every parameter.
-            progress: wraps the sequence of parameters, for a progress bar.
-
-        Raises:
-            InputError: a tensor is missing, unexpected or of the wrong shape.
+            progress: called as `progress(parameters done, of how many)`.
         """
-        self.check()
         sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        targets: Iterable[Target] = progress(self.targets)
-        arrays = {target.path: self.read(target, jnp.dtype(dtype), sharding) for target in targets}
+        arrays = {}
+        for target in self.targets:
+            arrays[target.path] = self.read(target, jnp.dtype(dtype), sharding)
+            if progress is not None:
+                progress(len(arrays), len(self.targets))
         return fill(abstract_weights(self.config, dtype), arrays)

@@ -1,0 +1,139 @@
+"""Converted checkpoints: Orbax arrays, with all that a model needs besides.
+
+A converted checkpoint is a directory with `bagel_jax.json` (format, sizes, the dtype of every parameter), one Orbax
+checkpoint a component in `weights/`, and the tokenizer and json files of its source. It is written beside its
+place and renamed when whole, so an interrupted conversion leaves nothing that loads.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from bagel_jax.checkpoint.files import read_json
+from bagel_jax.checkpoint.load import PublishedCheckpoint
+from bagel_jax.checkpoint.table import COMPONENTS
+from bagel_jax.config import BagelConfig
+from bagel_jax.errors import InputError
+from bagel_jax.models.weights import Weights, abstract_weights, fill
+
+MANIFEST = "bagel_jax.json"
+_FORMAT = 1
+# Arrays are cut into pieces of at most this many bytes, so that a device can read its part of one.
+_CHUNK_BYTES = 64 * 2**20
+
+
+def convert(
+    checkpoint: PublishedCheckpoint, destination: Path, dtype=None, progress: Callable[[int, int], None] | None = None
+) -> None:
+    """Writes a published checkpoint in the converted form, one component in memory at a time.
+
+    Args:
+        checkpoint: the source.
+        destination: a directory that is not there yet.
+        dtype: of every parameter; None keeps what the source has.
+        progress: called as `progress(parameters done, of how many)`.
+
+    Raises:
+        InputError: the destination is there already, or the source does not fit its model.
+    """
+    checkpoint.check()
+    if destination.exists():
+        raise InputError(f"{destination} is there already; give a directory that is not, or remove it")
+    partial = destination.with_name(destination.name + ".partial")
+    if partial.exists():
+        shutil.rmtree(partial)  # what an interrupted conversion left
+    (partial / "weights").mkdir(parents=True)
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
+    dtypes: dict[str, str] = {}
+    done = 0
+    for component in COMPONENTS:
+        arrays = {}
+        for target in (t for t in checkpoint.targets if t.row.component == component):
+            kind = checkpoint.stored_dtype(target) if dtype is None else jnp.dtype(dtype)
+            arrays[target.path] = checkpoint.read(target, kind, sharding)
+            dtypes[target.path] = jnp.dtype(kind).name
+            done += 1
+            if progress is not None:
+                progress(done, len(checkpoint.targets))
+        args = ocp.args.PyTreeSave(
+            arrays, save_args=jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), arrays)
+        )
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            checkpointer.save((partial / "weights" / _folder(component)).absolute(), args)
+    for file in sorted(checkpoint.files.directory.iterdir()):
+        if file.suffix in (".json", ".txt", ".jinja", ".model") and not file.name.endswith(".index.json"):
+            shutil.copyfile(file, partial / file.name)
+    manifest = {"format": _FORMAT, "config": checkpoint.config.to_dict(), "dtypes": dtypes}
+    (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    partial.rename(destination)
+
+
+def _folder(component: str) -> str:
+    return component.replace(" ", "_")
+
+
+class ConvertedCheckpoint:
+    """A checkpoint that `convert` wrote.
+
+    Raises:
+        InputError: its manifest is damaged or of another format.
+    """
+
+    def __init__(self, directory: Path):
+        self.directory = directory
+        manifest = read_json(directory / MANIFEST)
+        if manifest.get("format") != _FORMAT:
+            raise InputError(
+                f"{directory / MANIFEST} has format {manifest.get('format')!r}; this version reads format {_FORMAT}"
+            )
+        try:
+            self.config = BagelConfig.from_dict(manifest["config"])
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{directory / MANIFEST} has a damaged config ({error!r}); convert again") from None
+        for component in COMPONENTS:
+            if not (directory / "weights" / _folder(component)).is_dir():
+                raise InputError(f"{directory} lacks weights/{_folder(component)}; convert again")
+
+    def load(self, dtype, progress: Callable[[int, int], None] | None = None) -> Weights:
+        """All weights in `dtype`, on the default device.
+
+        Raises:
+            InputError: the arrays do not fit the manifest's sizes.
+        """
+        # Imported here because the name table is only needed to know which component a parameter is in.
+        from bagel_jax.checkpoint.table import resolve
+        from bagel_jax.models.weights import flatten
+
+        weights = abstract_weights(self.config, dtype)
+        leaves = flatten(weights.params)
+        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        components = {t.path: t.row.component for t in resolve({p: leaf.shape for p, leaf in leaves.items()})}
+        arrays: dict[str, jax.Array] = {}
+        for component in COMPONENTS:
+            wanted = {
+                path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+                for path, leaf in leaves.items()
+                if components[path] == component
+            }
+            restore = ocp.args.PyTreeRestore(
+                wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted)
+            )
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+                try:
+                    found = checkpointer.restore((self.directory / "weights" / _folder(component)).absolute(), restore)
+                except (ValueError, KeyError, OSError) as error:
+                    reason = str(error).strip().splitlines()[0]
+                    raise InputError(
+                        f"the {component} weights in {self.directory} cannot be read ({reason}); convert again"
+                    ) from None
+            arrays |= found
+            if progress is not None:
+                progress(len(arrays), len(leaves))
+        return fill(weights, arrays)

@@ -1,0 +1,125 @@
+"""From a request to everything that the stages need, without touching a device or the weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from bagel_jax.config import BagelConfig
+from bagel_jax.errors import InputError
+from bagel_jax.inputs import noise
+from bagel_jax.inputs.pictures import Picture, grid_positions, prepare_picture
+from bagel_jax.inputs.plan import PictureGrids, Plan, Text, contexts, plan
+from bagel_jax.inputs.tokenizer import Tokenizer
+from bagel_jax.request import Request
+
+# The official `inferencer.py`, to the letter, the space before the line break included.
+THINK_PROMPTS = {
+    "text": (
+        "You should first think about the reasoning process in the mind and then provide the user with the answer. \n"
+        "The reasoning process is enclosed within <think> </think> tags, "
+        "i.e. <think> reasoning process here </think> answer here"
+    ),
+    "picture": (
+        "You should first think about the planning process in the mind and then generate the image. \n"
+        "The planning process is enclosed within <think> </think> tags, "
+        "i.e. <think> planning process here </think> image here"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request, tokenized, planned, with its pictures and its noise."""
+
+    request: Request
+    plan: Plan
+    pictures: tuple[Picture, ...]
+    posterior_noise: tuple[np.ndarray, ...]  # [h, w, C], one a picture that the autoencoder reads
+    image_size: tuple[int, int] | None  # height and width of the picture to make, in pixels
+    latent_grid: tuple[int, int] | None  # rows and columns of its latent tokens
+    initial_latent: np.ndarray | None  # [N, C p²]
+    notes: tuple[str, ...]
+
+
+def prepare(request: Request, config: BagelConfig, tokenizer: Tokenizer) -> Prepared:
+    """Plans a request for a model.
+
+    Raises:
+        InputError: the model cannot do it (a size it has no positions for), or `init_noise` does not fit.
+    """
+    request.check_size(config)
+    pictures, parts = [], []
+    for item in request.inputs:
+        if isinstance(item, Image.Image):
+            picture = prepare_picture(item, config)
+            grid = _latent_grid(picture.vae_pixels.shape[:2], config) if request.makes_picture else None
+            parts.append(PictureGrids(len(pictures), picture.vit_grid, grid))
+            pictures.append(picture)
+        else:
+            parts.append(Text(tokenizer.prompt(item)))
+
+    system = negative = None
+    if request.think:
+        system = Text(tokenizer.prompt(THINK_PROMPTS["picture" if request.makes_picture else "text"]))
+    # An empty negative prompt is none at all: the official context without text holds no tokens.
+    if request.negative_prompt and request.makes_picture:
+        negative = Text(tokenizer.prompt(request.negative_prompt))
+    wanted = contexts(parts, system=system, negative=negative)
+    if not request.makes_picture:
+        return Prepared(request, plan(wanted), tuple(pictures), (), None, None, None, request.notes)
+
+    if pictures:
+        size, notes = pictures[-1].size, _edit_notes(request, pictures[-1].size)
+    else:
+        size, notes = (request.settings.height, request.settings.width), request.notes
+    rows, columns = grid = _latent_grid(size, config)
+    posterior, latent = _noise(request, pictures, rows * columns, config)
+    return Prepared(request, plan(wanted), tuple(pictures), posterior, size, grid, latent, notes)
+
+
+def latent_positions(grid: tuple[int, int], config: BagelConfig) -> np.ndarray:
+    """Rows `[N]` of the latent position table for a grid of latent tokens."""
+    return grid_positions(*grid, config.max_latent_size, config.interpolate_positions)
+
+
+def vit_positions(picture: Picture, config: BagelConfig) -> np.ndarray:
+    """Rows `[T]` of the ViT position tables for a picture."""
+    return grid_positions(*picture.vit_grid, config.max_vit_patches, config.interpolate_positions)
+
+
+def _latent_grid(size: tuple[int, int], config: BagelConfig) -> tuple[int, int]:
+    return size[0] // config.token_pixels, size[1] // config.token_pixels
+
+
+def _edit_notes(request: Request, size: tuple[int, int]) -> tuple[str, ...]:
+    """The request's notes, with the size that an edit gets where one was asked for."""
+    return tuple(f"{n}: {size[1]}x{size[0]} (width x height)" if "size" in n else n for n in request.notes)
+
+
+def _noise(request, pictures, num_tokens, config):
+    """Posterior noise of each picture, channels last, and the initial latent."""
+    c = config.autoencoder
+    shapes = [tuple(side // c.downsample for side in p.vae_pixels.shape[:2]) for p in pictures]
+    if request.init_noise is None:
+        posterior = tuple(
+            noise.posterior(request.seed, i, *shape, c.latent_channels) for i, shape in enumerate(shapes)
+        )
+        return posterior, noise.initial_latent(request.seed, num_tokens, config.latent_dim)
+
+    wanted = {f"vae_{i}": (1, c.latent_channels, *shape) for i, shape in enumerate(shapes)}
+    wanted["latent"] = (num_tokens, config.latent_dim)
+    given = {}
+    for name, shape in wanted.items():
+        array = request.init_noise.get(name)
+        if array is None:
+            raise InputError(f"init_noise has no array {name}; it must have one of shape {list(shape)}")
+        if tuple(np.shape(array)) != shape:
+            raise InputError(f"init_noise has {name} of shape {list(np.shape(array))}; it must be {list(shape)}")
+        given[name] = np.asarray(array, np.float32)
+        if not np.isfinite(given[name]).all():
+            raise InputError(f"init_noise has {name} with values that are not finite; all must be")
+    posterior = tuple(given[f"vae_{i}"][0].transpose(1, 2, 0) for i in range(len(pictures)))
+    return posterior, given["latent"]

@@ -1,0 +1,275 @@
+"""What a person asks for, and what comes back. All validation that needs no model is done here.
+
+The defaults stand in `DEFAULTS`, once for every entry point. They are the official `app.py`'s.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from bagel_jax.config import BagelConfig
+from bagel_jax.errors import InputError, check_choice, check_number, check_whole
+
+MODALITIES = ("text2img", "img2img", "img2text", "text2text")
+RENORM_TYPES = ("global", "channel", "text_channel")
+MAX_STEPS = 1000
+MAX_SEED = 2**32 - 1
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a request is to be answered. Which fields matter depends on the modality: see `DEFAULTS`."""
+
+    height: int = 1024  # pixels
+    width: int = 1024  # pixels
+    steps: int = 50  # schedule points; one model evaluation fewer
+    timestep_shift: float = 3.0
+    cfg_text_scale: float = 4.0  # 1 or less: off
+    cfg_img_scale: float = 1.5  # 1 or less: off
+    cfg_interval: tuple[float, float] = (0.4, 1.0)  # guidance at timesteps lo < t <= hi
+    cfg_renorm_type: str = "global"
+    cfg_renorm_min: float = 0.0
+    max_think_tokens: int = 1024  # decoding steps; `<|im_start|>` is one of them, as in the official code
+    max_tokens: int = 512  # likewise
+    do_sample: bool = False  # False: greedy
+    text_temperature: float = 0.3
+
+    def __post_init__(self):
+        object.__setattr__(self, "cfg_interval", tuple(self.cfg_interval))
+        check_whole("height", self.height, 1)
+        check_whole("width", self.width, 1)
+        check_whole("steps", self.steps, 2, MAX_STEPS)
+        check_whole("max_think_tokens", self.max_think_tokens, 2)
+        check_whole("max_tokens", self.max_tokens, 2)
+        check_number("timestep_shift", self.timestep_shift, 0, above=True)
+        check_number("cfg_text_scale", self.cfg_text_scale, 0)
+        check_number("cfg_img_scale", self.cfg_img_scale, 0)
+        check_number("cfg_renorm_min", self.cfg_renorm_min, 0, 1)
+        check_number("text_temperature", self.text_temperature, 0, above=True)
+        if len(self.cfg_interval) != 2:
+            raise InputError(f"cfg_interval is {self.cfg_interval}; it must be two numbers, LO and HI")
+        for value in self.cfg_interval:
+            check_number("cfg_interval", value, 0, 1)
+        if self.cfg_interval[0] > self.cfg_interval[1]:
+            raise InputError(f"cfg_interval is {self.cfg_interval}; LO must not be above HI")
+        check_choice("cfg_renorm_type", self.cfg_renorm_type, RENORM_TYPES)
+        if not isinstance(self.do_sample, bool):
+            raise InputError(f"do_sample is {self.do_sample!r}; it must be true or false")
+
+
+_IMAGE = (
+    "steps",
+    "timestep_shift",
+    "cfg_text_scale",
+    "cfg_img_scale",
+    "cfg_interval",
+    "cfg_renorm_type",
+    "cfg_renorm_min",
+)
+_SAMPLING = ("do_sample", "text_temperature")
+
+# Which settings a modality has.
+APPLICABLE: Mapping[str, tuple[str, ...]] = {
+    "text2img": ("height", "width", *_IMAGE, "max_think_tokens", *_SAMPLING),
+    "img2img": (*_IMAGE, "max_think_tokens", *_SAMPLING),
+    "img2text": ("max_tokens", *_SAMPLING),
+    "text2text": ("max_tokens", *_SAMPLING),
+}
+
+# The one table of defaults. Source: official `app.py`; text2img's cfg_img_scale is inherited from `inferencer.py`.
+DEFAULTS: Mapping[str, Settings] = {
+    "text2img": Settings(),
+    "img2img": Settings(cfg_img_scale=2.0, cfg_interval=(0.0, 1.0), cfg_renorm_type="text_channel"),
+    "img2text": Settings(),
+    "text2text": Settings(),
+}
+
+
+def defaults_table() -> str:
+    """`DEFAULTS` as text, one row a setting, one column a modality; a dash where the setting does not apply."""
+    rows = [["", *MODALITIES]]
+    for name in (f.name for f in dataclasses.fields(Settings)):
+        cells = [
+            _show(getattr(DEFAULTS[modality], name)) if name in APPLICABLE[modality] else "-" for modality in MODALITIES
+        ]
+        rows.append(["--" + name.replace("_", "-"), *cells])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def _show(value) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value).lower() if value is False else str(value)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One thing to do.
+
+    Args:
+        modality: one of `MODALITIES`.
+        inputs: prompts (str) and pictures (PIL), interleaved in any order, as the model is to see them.
+        settings: see `Settings`; `Request.create` fills in the modality's defaults.
+        seed: all randomness of the request comes from it.
+        think: let the model plan in words first.
+        negative_prompt: text for the guidance context that otherwise holds no last prompt.
+        init_noise: noise to use instead of the seed's: `vae_0`, `vae_1`, … `[1, C, h, w]`, one an input picture of
+            an edit, and `latent` `[N, C p²]`.
+        request_id: names the request in results.
+        notes: sentences for the person who asked, about what was understood from the request.
+
+    Raises:
+        InputError: something in it cannot be done, whatever the model.
+    """
+
+    modality: str
+    inputs: tuple[str | Image.Image, ...]
+    settings: Settings
+    seed: int = 0
+    think: bool = False
+    negative_prompt: str | None = None
+    init_noise: Mapping[str, np.ndarray] | None = None
+    request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        check_choice("modality", self.modality, MODALITIES)
+        check_whole("seed", self.seed, 0, MAX_SEED)
+        for item in self.inputs:
+            if not isinstance(item, str | Image.Image):
+                raise InputError(f"an input is a {type(item).__name__}; each must be a string or a PIL picture")
+        pictures = sum(isinstance(item, Image.Image) for item in self.inputs)
+        wants_picture = self.modality.startswith("img2")
+        if wants_picture and not pictures:
+            raise InputError(f"{self.modality} was given no picture; it needs one")
+        if pictures and not wants_picture:
+            other = "img2img" if self.makes_picture else "img2text"
+            raise InputError(f"{self.modality} was given a picture; it takes text only ({other} takes a picture)")
+        if pictures == len(self.inputs):
+            raise InputError(f"{self.modality} was given no prompt; it needs one")
+
+    @classmethod
+    def create(
+        cls,
+        modality: str,
+        prompt: str | None = None,
+        image: str | Path | Image.Image | Sequence[str | Path | Image.Image] | None = None,
+        *,
+        inputs: Sequence[str | Image.Image] | None = None,
+        seed: int = 0,
+        think: bool = False,
+        negative_prompt: str | None = None,
+        init_noise: Mapping[str, np.ndarray] | None = None,
+        request_id: str | None = None,
+        **settings: Any,
+    ) -> Request:
+        """A request with its modality's defaults.
+
+        Args:
+            modality: one of `MODALITIES`.
+            prompt: the text; comes after the pictures, as in the official app.
+            image: a picture or several, as files or PIL pictures.
+            inputs: instead of `prompt` and `image`: texts and PIL pictures in any order.
+            seed, think, negative_prompt, init_noise, request_id: see `Request`.
+            **settings: fields of `Settings`; None means the default.
+
+        Raises:
+            InputError: an unknown setting, a picture that cannot be read, or what `Request` and `Settings` raise.
+        """
+        check_choice("modality", modality, MODALITIES)
+        if inputs is None:
+            if image is None:
+                image = ()
+            elif isinstance(image, str | Path | Image.Image):
+                image = (image,)
+            inputs = [*(i if isinstance(i, Image.Image) else open_picture(i) for i in image)]
+            inputs += [] if prompt is None else [prompt]
+        elif prompt is not None or image is not None:
+            raise InputError("inputs was given beside prompt or image; give either inputs or the other two")
+        given = {name: value for name, value in settings.items() if value is not None}
+        known = [f.name for f in dataclasses.fields(Settings)]
+        for name in given:
+            if name not in known:
+                raise InputError(f"there is no setting {name}; there are {', '.join(known)}")
+        idle = [name for name in given if name not in APPLICABLE[modality]]
+        sizes = [name for name in idle if modality == "img2img" and name in ("height", "width")]
+        notes = [f"{name} has no effect on {modality}" for name in idle if name not in sizes]
+        if sizes:
+            notes.append(f"{' and '.join(sizes)} not used: an edit keeps the (resized) input picture's size")
+        if negative_prompt and not modality.endswith("img"):
+            notes.append(f"negative_prompt has no effect on {modality}")
+        return cls(
+            modality=modality,
+            inputs=tuple(inputs),
+            settings=dataclasses.replace(DEFAULTS[modality], **given),
+            seed=seed,
+            think=think,
+            negative_prompt=negative_prompt,
+            init_noise=init_noise,
+            request_id=uuid.uuid4().hex if request_id is None else request_id,
+            notes=tuple(notes),
+        )
+
+    @property
+    def makes_picture(self) -> bool:
+        """Whether a picture comes out."""
+        return self.modality.endswith("img")
+
+    @property
+    def prompt(self) -> str:
+        """The texts of the inputs."""
+        return "\n".join(item for item in self.inputs if isinstance(item, str))
+
+    def check_size(self, config: BagelConfig) -> None:
+        """Raises `InputError` unless the model can make a picture of the requested size."""
+        if self.modality != "text2img":
+            return
+        for name in ("height", "width"):
+            value, unit, limit = getattr(self.settings, name), config.token_pixels, config.max_image_size
+            if value % unit or value > limit:
+                raise InputError(f"{name} is {value}; it must be a multiple of {unit} and at most {limit} for this model")
+
+    def applicable_settings(self) -> dict[str, Any]:
+        """The settings that have an effect on this request."""
+        names = [n for n in APPLICABLE[self.modality] if n != "max_think_tokens" or self.think]
+        return {name: getattr(self.settings, name) for name in names}
+
+
+@dataclass
+class Result:
+    """What came of a request. Exactly one of `error` and an output (`text`, `image`) is there, but for think mode,
+    where a picture comes with the text of the plan."""
+
+    request_id: str
+    modality: str
+    text: str | None = None
+    image: Image.Image | None = None
+    latents: np.ndarray | None = None  # [N, C p²] float32, after the last step
+    seconds: dict[str, float] = field(default_factory=dict)  # by phase
+    notes: tuple[str, ...] = ()
+    error: str | None = None
+
+
+def open_picture(path: str | Path) -> Image.Image:
+    """A picture from a file, fully decoded.
+
+    Raises:
+        InputError: no such file, or not a picture that Pillow can read.
+    """
+    try:
+        picture = Image.open(path)
+        picture.load()
+    except FileNotFoundError:
+        raise InputError(f"picture {path} does not exist; give the path of a picture file") from None
+    except Image.DecompressionBombError as error:
+        raise InputError(f"picture {path} is too large ({error}); give a smaller one") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise InputError(f"picture {path} cannot be read as a picture ({error}); give a PNG, JPEG or the like") from None
+    return picture
