@@ -109,7 +109,7 @@ class BagelConfig:
 
     @property
     def vit_transform(self) -> PictureTransform:
-        """The resize for pictures to be understood: 980/224/14 as in the official `app.py`, or what the table allows."""
+        """The resize for pictures to be understood: 980/224/14 as in `app.py`, or what the table allows."""
         longest = min(980, self.max_vit_patches * self.vit.patch_size)
         return PictureTransform(longest, min(224, longest), self.vit.patch_size)
 

@@ -5,6 +5,7 @@ The only room that knows both stages. This engine serves one request at a time o
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -36,6 +37,14 @@ Progress = Callable[[str, int, int], None]
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
 
+def keep_compiled_programs() -> None:
+    """Turns on JAX's persistent cache of compiled programs, unless the user has set one up (or off) already."""
+    if jax.config.jax_compilation_cache_dir is None and jax.config.jax_enable_compilation_cache:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(home / "bagel_jax" / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
 def resolve_dtype(name: str):
     """The jax dtype for `auto`, `float32` or `bfloat16`; auto is float32 on a CPU, where bfloat16 is slow.
 
@@ -57,6 +66,7 @@ class Bagel:
     """
 
     def __init__(self, source: ModelSource, dtype: str = "auto"):
+        keep_compiled_programs()
         self.dtype = resolve_dtype(dtype)
         self.config: BagelConfig = source.config
         self.tokenizer = Tokenizer(source.directory)

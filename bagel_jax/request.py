@@ -21,6 +21,7 @@ from bagel_jax.errors import InputError, check_choice, check_number, check_whole
 MODALITIES = ("text2img", "img2img", "img2text", "text2text")
 RENORM_TYPES = ("global", "channel", "text_channel")
 MAX_STEPS = 1000
+_DEFAULT_SIZE = 1024  # pixels
 MAX_SEED = 2**32 - 1
 
 
@@ -28,8 +29,8 @@ MAX_SEED = 2**32 - 1
 class Settings:
     """How a request is to be answered. Which fields matter depends on the modality: see `DEFAULTS`."""
 
-    height: int = 1024  # pixels
-    width: int = 1024  # pixels
+    height: int | None = None  # pixels; None: 1024, or less where the model's limit is lower
+    width: int | None = None  # likewise
     steps: int = 50  # schedule points; one model evaluation fewer
     timestep_shift: float = 3.0
     cfg_text_scale: float = 4.0  # 1 or less: off
@@ -44,8 +45,9 @@ class Settings:
 
     def __post_init__(self):
         object.__setattr__(self, "cfg_interval", tuple(self.cfg_interval))
-        check_whole("height", self.height, 1)
-        check_whole("width", self.width, 1)
+        for name in ("height", "width"):
+            if getattr(self, name) is not None:
+                check_whole(name, getattr(self, name), 1)
         check_whole("steps", self.steps, 2, MAX_STEPS)
         check_whole("max_think_tokens", self.max_think_tokens, 2)
         check_whole("max_tokens", self.max_tokens, 2)
@@ -106,7 +108,11 @@ def defaults_table() -> str:
 
 
 def _show(value) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value).lower() if value is False else str(value)
+    if value is None:
+        return str(_DEFAULT_SIZE)
+    if isinstance(value, tuple):
+        return " ".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 @dataclass(frozen=True)
@@ -227,14 +233,24 @@ class Request:
         """The texts of the inputs."""
         return "\n".join(item for item in self.inputs if isinstance(item, str))
 
-    def check_size(self, config: BagelConfig) -> None:
-        """Raises `InputError` unless the model can make a picture of the requested size."""
-        if self.modality != "text2img":
-            return
+    def picture_size(self, config: BagelConfig) -> tuple[int, int]:
+        """Height and width in pixels of the picture that a text2img request makes with a model.
+
+        Raises:
+            InputError: the model cannot make a picture of the requested size.
+        """
+        unit, limit = config.token_pixels, config.max_image_size
+        size = []
         for name in ("height", "width"):
-            value, unit, limit = getattr(self.settings, name), config.token_pixels, config.max_image_size
+            value = getattr(self.settings, name)
+            if value is None:
+                value = min(_DEFAULT_SIZE, limit) // unit * unit
             if value % unit or value > limit:
-                raise InputError(f"{name} is {value}; it must be a multiple of {unit} and at most {limit} for this model")
+                raise InputError(
+                    f"{name} is {value}; it must be a multiple of {unit} and at most {limit} for this model"
+                )
+            size.append(value)
+        return size[0], size[1]
 
     def applicable_settings(self) -> dict[str, Any]:
         """The settings that have an effect on this request."""
@@ -271,5 +287,5 @@ def open_picture(path: str | Path) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise InputError(f"picture {path} is too large ({error}); give a smaller one") from None
     except (OSError, SyntaxError, ValueError) as error:
-        raise InputError(f"picture {path} cannot be read as a picture ({error}); give a PNG, JPEG or the like") from None
+        raise InputError(f"{path} cannot be read as a picture ({error}); give a PNG, JPEG or the like") from None
     return picture

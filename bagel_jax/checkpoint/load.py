@@ -120,6 +120,8 @@ class PublishedCheckpoint:
         """
         sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         arrays = {}
+        if progress is not None:
+            progress(0, len(self.targets))
         for target in self.targets:
             arrays[target.path] = self.read(target, jnp.dtype(dtype), sharding)
             if progress is not None:

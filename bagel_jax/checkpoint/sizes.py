@@ -37,16 +37,16 @@ def read_config(files: CheckpointFiles) -> BagelConfig:
     top = _Json(top, directory / "config.json")
     main = files.shapes(MAIN)
     autoencoder = _autoencoder(files.shapes(AUTOENCODER), top.get("vae_config", dict, {}))
-    latent_dim = _shape(main, "vae2llm.weight")[1]
+    latent_dim = _shape(main, "vae2llm.weight", 2)[1]
     return BagelConfig(
         trunk=_trunk(llm),
         vit=_vit(vit, main),
         autoencoder=autoencoder,
         latent_patch_size=_root(latent_dim // autoencoder.latent_channels, "vae2llm.weight"),
-        max_latent_size=_root(_shape(main, "latent_pos_embed.pos_embed")[0], "latent_pos_embed.pos_embed"),
-        max_vit_patches=_root(_shape(main, "vit_pos_embed.pos_embed")[0], "vit_pos_embed.pos_embed"),
+        max_latent_size=_root(_shape(main, "latent_pos_embed.pos_embed", 2)[0], "latent_pos_embed.pos_embed"),
+        max_vit_patches=_root(_shape(main, "vit_pos_embed.pos_embed", 2)[0], "vit_pos_embed.pos_embed"),
         connector_activation=_activation(top, "connector_act", "gelu_pytorch_tanh"),
-        time_frequencies=_shape(main, "time_embedder.mlp.0.weight")[1],
+        time_frequencies=_shape(main, "time_embedder.mlp.0.weight", 2)[1],
         interpolate_positions=top.get("interpolate_pos", bool, False),
     )
 
@@ -83,16 +83,18 @@ def _activation(data: _Json, name: str, default: str) -> str:
     return value
 
 
-def _shape(shapes: Shapes, name: str) -> tuple[int, ...]:
+def _shape(shapes: Shapes, name: str, rank: int) -> tuple[int, ...]:
     if name not in shapes:
         raise InputError(f"tensor {name} is missing from the checkpoint; the model's size is read off it")
+    if len(shapes[name]) != rank:
+        raise InputError(f"tensor {name} has shape {list(shapes[name])}; it must have {rank} axes")
     return shapes[name]
 
 
 def _root(number: int, name: str) -> int:
     root = math.isqrt(number)
     if root < 1 or root * root != number:
-        raise InputError(f"tensor {name} has {number} entries to a square table; that is no square number")
+        raise InputError(f"tensor {name} has the size of {number} places in a square; it must be a square number")
     return root
 
 
@@ -132,7 +134,8 @@ def _vit(vit: _Json, shapes: Shapes) -> VitConfig:
     stated = vit.get("num_hidden_layers", int)
     if layers not in (stated, stated - 1):
         raise InputError(
-            f"the checkpoint holds {layers} ViT layers, but {vit.path} says {stated}; it must say {layers} or {layers + 1}"
+            f"the checkpoint holds {layers} ViT layers, but {vit.path} says {stated}; "
+            f"it must say {layers} or {layers + 1}"
         )
     return VitConfig(
         hidden_size=vit.get("hidden_size", int),
@@ -140,7 +143,7 @@ def _vit(vit: _Json, shapes: Shapes) -> VitConfig:
         num_heads=vit.get("num_attention_heads", int),
         mlp_width=vit.get("intermediate_size", int),
         patch_size=vit.get("patch_size", int),
-        num_positions=_shape(shapes, f"{prefix}.embeddings.position_embedding.weight")[0],
+        num_positions=_shape(shapes, f"{prefix}.embeddings.position_embedding.weight", 2)[0],
         channels=vit.get("num_channels", int, 3),
         norm_eps=vit.get("layer_norm_eps", float, 1e-6),
         activation=_activation(vit, "hidden_act", "gelu_pytorch_tanh"),
@@ -148,14 +151,14 @@ def _vit(vit: _Json, shapes: Shapes) -> VitConfig:
 
 
 def _autoencoder(shapes: Shapes, stated: dict) -> AutoencoderConfig:
-    base, image_channels = _shape(shapes, "encoder.conv_in.weight")[:2]
+    base, image_channels = _shape(shapes, "encoder.conv_in.weight", 4)[:2]
     levels = _count(shapes, r"encoder\.down\.(\d+)\.")
     return AutoencoderConfig(
         image_channels=image_channels,
         base_width=base,
-        widths=tuple(_shape(shapes, f"encoder.down.{i}.block.0.conv1.weight")[0] for i in range(levels)),
+        widths=tuple(_shape(shapes, f"encoder.down.{i}.block.0.conv1.weight", 4)[0] for i in range(levels)),
         num_res_blocks=_count(shapes, r"encoder\.down\.\d+\.block\.(\d+)\."),
-        latent_channels=_shape(shapes, "decoder.conv_in.weight")[1],
+        latent_channels=_shape(shapes, "decoder.conv_in.weight", 4)[1],
         scale_factor=float(stated.get("scale_factor", _SCALE_FACTOR)),
         shift_factor=float(stated.get("shift_factor", _SHIFT_FACTOR)),
     )

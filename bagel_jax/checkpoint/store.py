@@ -18,10 +18,10 @@ import orbax.checkpoint as ocp
 
 from bagel_jax.checkpoint.files import read_json
 from bagel_jax.checkpoint.load import PublishedCheckpoint
-from bagel_jax.checkpoint.table import COMPONENTS
+from bagel_jax.checkpoint.table import COMPONENTS, resolve
 from bagel_jax.config import BagelConfig
 from bagel_jax.errors import InputError
-from bagel_jax.models.weights import Weights, abstract_weights, fill
+from bagel_jax.models.weights import Weights, abstract_weights, fill, flatten
 
 MANIFEST = "bagel_jax.json"
 _FORMAT = 1
@@ -107,24 +107,20 @@ class ConvertedCheckpoint:
         Raises:
             InputError: the arrays do not fit the manifest's sizes.
         """
-        # Imported here because the name table is only needed to know which component a parameter is in.
-        from bagel_jax.checkpoint.table import resolve
-        from bagel_jax.models.weights import flatten
-
         weights = abstract_weights(self.config, dtype)
         leaves = flatten(weights.params)
         sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         components = {t.path: t.row.component for t in resolve({p: leaf.shape for p, leaf in leaves.items()})}
         arrays: dict[str, jax.Array] = {}
+        if progress is not None:
+            progress(0, len(leaves))
         for component in COMPONENTS:
             wanted = {
                 path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
                 for path, leaf in leaves.items()
                 if components[path] == component
             }
-            restore = ocp.args.PyTreeRestore(
-                wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted)
-            )
+            restore = ocp.args.PyTreeRestore(wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted))
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
                 try:
                     found = checkpointer.restore((self.directory / "weights" / _folder(component)).absolute(), restore)

@@ -86,9 +86,7 @@ def _vit() -> list[Row]:
     component, vit = "vit", "vit_model.vision_model"
     embeddings, layer = f"{vit}.embeddings", f"{vit}.encoder.layers.{{l}}"
     rows = _linear("vit.patch_embed", f"{embeddings}.patch_embedding", component)
-    rows.append(
-        Row("vit.positions.embedding", f"{embeddings}.position_embedding.weight", None, MAIN, component)
-    )
+    rows.append(Row("vit.positions.embedding", f"{embeddings}.position_embedding.weight", None, MAIN, component))
     for name, source in {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "out_proj"}.items():
         rows += _linear(f"vit.layers.{name}", f"{layer}.self_attn.{source}", component)
     for name in ("fc1", "fc2"):
@@ -165,9 +163,7 @@ def resolve(shapes: dict[str, tuple[int, ...]], table: tuple[Row, ...] = TABLE) 
         if len(matches) != 1:
             raise InputError(f"parameter {path} has {len(matches)} rows in the name table; it needs exactly one")
         row, name = matches[0]
-        sources = (
-            tuple(name.replace("{l}", str(layer)) for layer in range(shape[0])) if row.stacked else (name,)
-        )
+        sources = tuple(name.replace("{l}", str(layer)) for layer in range(shape[0])) if row.stacked else (name,)
         for source in sources:
             if (other := taken.setdefault((row.file, source), path)) != path:
                 raise InputError(f"tensor {source} fills both {other} and {path}; it may fill only one")

@@ -1,0 +1,1 @@
+"""From a request to token ids, pixels, noise and a plan, on the host."""

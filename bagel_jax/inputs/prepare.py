@@ -50,7 +50,7 @@ def prepare(request: Request, config: BagelConfig, tokenizer: Tokenizer) -> Prep
     Raises:
         InputError: the model cannot do it (a size it has no positions for), or `init_noise` does not fit.
     """
-    request.check_size(config)
+    size = request.picture_size(config) if request.modality == "text2img" else None
     pictures, parts = [], []
     for item in request.inputs:
         if isinstance(item, Image.Image):
@@ -71,10 +71,10 @@ def prepare(request: Request, config: BagelConfig, tokenizer: Tokenizer) -> Prep
     if not request.makes_picture:
         return Prepared(request, plan(wanted), tuple(pictures), (), None, None, None, request.notes)
 
-    if pictures:
-        size, notes = pictures[-1].size, _edit_notes(request, pictures[-1].size)
-    else:
-        size, notes = (request.settings.height, request.settings.width), request.notes
+    notes = request.notes
+    if size is None:
+        size = pictures[-1].size
+        notes = _edit_notes(request, size)
     rows, columns = grid = _latent_grid(size, config)
     posterior, latent = _noise(request, pictures, rows * columns, config)
     return Prepared(request, plan(wanted), tuple(pictures), posterior, size, grid, latent, notes)
@@ -104,9 +104,7 @@ def _noise(request, pictures, num_tokens, config):
     c = config.autoencoder
     shapes = [tuple(side // c.downsample for side in p.vae_pixels.shape[:2]) for p in pictures]
     if request.init_noise is None:
-        posterior = tuple(
-            noise.posterior(request.seed, i, *shape, c.latent_channels) for i, shape in enumerate(shapes)
-        )
+        posterior = tuple(noise.posterior(request.seed, i, *shape, c.latent_channels) for i, shape in enumerate(shapes))
         return posterior, noise.initial_latent(request.seed, num_tokens, config.latent_dim)
 
     wanted = {f"vae_{i}": (1, c.latent_channels, *shape) for i, shape in enumerate(shapes)}

@@ -165,10 +165,7 @@ class Decoder(nnx.Module):
         self.conv_in = _conv(c.latent_channels, c.widths[-1], 3, dtype, rngs)
         self.mid = Middle(c.widths[-1], dtype, rngs)
         self.up = nnx.List(
-            [
-                UpLevel(widths[i + 1], widths[i], c.num_res_blocks + 1, i == 0, dtype, rngs)
-                for i in range(len(c.widths))
-            ]
+            [UpLevel(widths[i + 1], widths[i], c.num_res_blocks + 1, i == 0, dtype, rngs) for i in range(len(c.widths))]
         )
         self.norm_out = _group_norm(c.widths[0], dtype, rngs)
         self.conv_out = _conv(c.widths[0], c.image_channels, 3, dtype, rngs)

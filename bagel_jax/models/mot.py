@@ -67,12 +67,8 @@ class Expert(nnx.Module):
         self.v = linear(c.hidden_size, c.num_kv_heads * c.head_dim, dtype, rngs)
         self.o = linear(c.num_heads * c.head_dim, c.hidden_size, dtype, rngs, bias=False)
         # Float32 out: the rotation that follows is done before rounding.
-        self.q_norm = nnx.RMSNorm(
-            c.head_dim, epsilon=c.norm_eps, dtype=jnp.float32, param_dtype=dtype, rngs=rngs
-        )
-        self.k_norm = nnx.RMSNorm(
-            c.head_dim, epsilon=c.norm_eps, dtype=jnp.float32, param_dtype=dtype, rngs=rngs
-        )
+        self.q_norm = nnx.RMSNorm(c.head_dim, epsilon=c.norm_eps, dtype=jnp.float32, param_dtype=dtype, rngs=rngs)
+        self.k_norm = nnx.RMSNorm(c.head_dim, epsilon=c.norm_eps, dtype=jnp.float32, param_dtype=dtype, rngs=rngs)
         self.post_norm = rms_norm(c.hidden_size, c.norm_eps, dtype, rngs)
         self.gate = linear(c.hidden_size, c.mlp_width, dtype, rngs, bias=False)
         self.up = linear(c.hidden_size, c.mlp_width, dtype, rngs, bias=False)
@@ -162,6 +158,4 @@ class MoT(nnx.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """`[..., D]` (from `__call__`) -> `[..., V]` float32."""
         kernel = self.lm_head.kernel[...]
-        return jnp.matmul(
-            hidden, kernel, precision=precision(hidden.dtype), preferred_element_type=jnp.float32
-        )
+        return jnp.matmul(hidden, kernel, precision=precision(hidden.dtype), preferred_element_type=jnp.float32)

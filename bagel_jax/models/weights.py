@@ -30,9 +30,7 @@ def abstract_weights(config: BagelConfig, dtype) -> Weights:
 
 def flatten(params: nnx.State) -> dict[str, object]:
     """Parameters by dotted path."""
-    return {
-        ".".join(map(str, path)): variable.get_value() for path, variable in nnx.to_flat_state(params)
-    }
+    return {".".join(map(str, path)): variable.get_value() for path, variable in nnx.to_flat_state(params)}
 
 
 def fill(weights: Weights, arrays: dict[str, jax.Array]) -> Weights:

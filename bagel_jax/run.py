@@ -1,0 +1,277 @@
+"""The command line: `python -m bagel_jax.run --model DIR --modality text2img --prompts "a red bench"`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from bagel_jax.errors import InputError
+from bagel_jax.request import MODALITIES, RENORM_TYPES, Request, Result, defaults_table, open_picture
+
+# Exit codes.
+_DONE, _FAILED, _BAD_INPUT = 0, 1, 2
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One sentence, without the usage of thirty options before it."""
+        self.exit(_BAD_INPUT, f"error: {message}; see --help\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options. Those of a request default to None here: their defaults stand in `request.DEFAULTS`."""
+    p = _Parser(
+        prog="python -m bagel_jax.run",
+        description="Text and pictures in, text and pictures out, with a BAGEL model.",
+        epilog="Defaults by modality:\n\n" + defaults_table(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    p.add_argument("--model", required=True, metavar="DIR", help="a published or a converted BAGEL checkpoint")
+    p.add_argument("--modality", required=True, choices=MODALITIES, help="what goes in and what comes out")
+    p.add_argument("--prompts", nargs="+", metavar="P", help="one result a prompt")
+    p.add_argument("--txt-prompts", metavar="FILE", help="prompts from a file, one a line")
+    p.add_argument("--image-path", nargs="+", metavar="IMG", help="one picture for all prompts, or one each")
+    p.add_argument("--output", default="output", metavar="DIR", help="where results go (default: %(default)s)")
+
+    g = p.add_argument_group("pictures")
+    g.add_argument("--height", type=int, metavar="H", help="pixels; text2img")
+    g.add_argument("--width", type=int, metavar="W", help="pixels; text2img")
+    g.add_argument("--steps", type=int, metavar="N", help="schedule points; N - 1 evaluations of the model")
+    g.add_argument("--cfg-text-scale", type=float, metavar="X", help="guidance towards the text; 1 is off")
+    g.add_argument("--cfg-img-scale", type=float, metavar="X", help="guidance towards the pictures; 1 is off")
+    g.add_argument("--cfg-interval", type=float, nargs=2, metavar=("LO", "HI"), help="timesteps with guidance")
+    g.add_argument("--cfg-renorm-type", metavar="{" + ",".join(RENORM_TYPES) + "}")
+    g.add_argument("--cfg-renorm-min", type=float, metavar="X", help="least factor of the renormalisation")
+    g.add_argument("--timestep-shift", type=float, metavar="X", help="above 1: more steps near the noise")
+    g.add_argument("--negative-prompt", metavar="P", help="what guidance leads away from")
+    g.add_argument("--init-noise", metavar="FILE.npz", help="noise of another run: latent, vae_0, vae_1, …")
+    g.add_argument("--save-latents", action="store_true", help="write output_I.latent.npy too")
+
+    g = p.add_argument_group("text")
+    g.add_argument("--think", action="store_true", help="let the model plan in words first")
+    g.add_argument("--max-think-tokens", type=int, metavar="N", help="limit of the plan before a picture")
+    g.add_argument("--max-tokens", type=int, metavar="N", help="limit of an answer, its thinking included")
+    g.add_argument("--do-sample", action="store_true", help="sample, instead of the likeliest token each time")
+    g.add_argument("--text-temperature", type=float, metavar="X", help="of sampling")
+
+    g = p.add_argument_group("run")
+    g.add_argument("--seed", type=int, default=0, metavar="S", help="request i uses S + i (default: %(default)s)")
+    g.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: float32 on a CPU")
+    g.add_argument("--quiet", action="store_true", help="no progress bars, no notes")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    args = parser().parse_args(argv)
+    try:
+        return _run(args)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return _BAD_INPUT
+
+
+def _run(args: argparse.Namespace) -> int:
+    requests = _requests(args)
+    output = _output_folder(args.output)
+    if all(isinstance(request, InputError) for request in requests):
+        return _report_all_bad(requests)
+
+    from bagel_jax.engine import Bagel  # late: brings jax, and bad arguments are found without it
+
+    model = Bagel.open(args.model, args.dtype)
+    prepared: list[Any] = []
+    for request in requests:
+        try:
+            prepared.append(request if isinstance(request, InputError) else model.prepare(request))
+        except InputError as error:
+            prepared.append(error)
+    if all(isinstance(item, InputError) for item in prepared):
+        return _report_all_bad(prepared)
+
+    code = _DONE
+    bars = _Bars(quiet=args.quiet)
+    model.load_weights(bars)
+    output.mkdir(parents=True, exist_ok=True)
+    with (output / "results.jsonl").open("w", encoding="utf-8") as results:
+        for i, item in enumerate(prepared):
+            name = f"output_{i}"
+            record: dict[str, Any] = {"id": name, "modality": args.modality}
+            if isinstance(item, InputError):
+                print(f"error: request {i}: {item}", file=sys.stderr)
+                record["error"], code = str(item), _BAD_INPUT
+            else:
+                for note in () if args.quiet else item.notes:
+                    print(f"note: request {i}: {note}", file=sys.stderr)
+                try:
+                    result = model.run(item, bars)
+                # Whatever happens to one request, the others go on and what is finished is kept.
+                except Exception as error:
+                    bars.close()
+                    print(f"error: request {i} failed: {error}", file=sys.stderr)
+                    record["error"], code = f"{type(error).__name__}: {error}", code or _FAILED
+                else:
+                    bars.close()
+                    record |= _save(result, item, output, name, latents=args.save_latents)
+                    if not args.quiet and result.image is not None:
+                        print(f"wrote {output / record['image']}", file=sys.stderr)
+            results.write(json.dumps(record, ensure_ascii=False) + "\n")
+            results.flush()
+    return code
+
+
+def _save(result: Result, prepared, output: Path, name: str, *, latents: bool) -> dict[str, Any]:
+    """Writes what came out, and returns the result's line of results.jsonl."""
+    request: Request = prepared.request
+    record: dict[str, Any] = {"prompt": request.prompt, "text": result.text, "image": None, "size": None}
+    if result.text is not None:
+        print(result.text, flush=True)
+    if result.image is not None:
+        record["image"] = f"{name}.png"
+        record["size"] = {"height": result.image.height, "width": result.image.width}
+        result.image.save(output / record["image"])
+        if latents:
+            np.save(output / f"{name}.latent.npy", result.latents)
+    return record | {
+        "seed": request.seed,
+        "think": request.think,
+        "negative_prompt": request.negative_prompt,
+        "settings": request.applicable_settings(),
+        "seconds": {phase: round(seconds, 4) for phase, seconds in result.seconds.items()},
+        "notes": list(result.notes),
+    }
+
+
+def _requests(args: argparse.Namespace) -> list[Request | InputError]:
+    """One request a prompt, or what is wrong with it."""
+    prompts = _prompts(args)
+    paths = args.image_path or []
+    if len(paths) not in (0, 1, len(prompts)):
+        raise InputError(
+            f"--image-path names {len(paths)} pictures for {len(prompts)} prompts; give one, or one for each prompt"
+        )
+    noise = None if args.init_noise is None else _read_noise(Path(args.init_noise))
+    opened: dict[str, Image.Image | InputError] = {}
+    for path in paths:
+        try:
+            opened.setdefault(path, open_picture(path))
+        except InputError as error:
+            opened[path] = error
+    settings = {
+        name: getattr(args, name)
+        for name in (
+            "height",
+            "width",
+            "steps",
+            "cfg_text_scale",
+            "cfg_img_scale",
+            "cfg_interval",
+            "cfg_renorm_type",
+            "cfg_renorm_min",
+            "timestep_shift",
+            "max_think_tokens",
+            "max_tokens",
+            "text_temperature",
+        )
+    }
+    requests: list[Request | InputError] = []
+    for i, prompt in enumerate(prompts):
+        picture = opened[paths[i if len(paths) > 1 else 0]] if paths else None
+        if isinstance(picture, InputError):
+            requests.append(picture)
+            continue
+        # An error here is one of the options, the same for every request, so it ends the run.
+        requests.append(
+            Request.create(
+                args.modality,
+                prompt,
+                picture,
+                seed=args.seed + i,
+                think=args.think,
+                negative_prompt=args.negative_prompt,
+                init_noise=noise,
+                request_id=f"output_{i}",
+                do_sample=args.do_sample or None,
+                **settings,
+            )
+        )
+    return requests
+
+
+def _prompts(args: argparse.Namespace) -> list[str]:
+    if (args.prompts is None) == (args.txt_prompts is None):
+        given = "neither" if args.prompts is None else "both"
+        raise InputError(f"{given} of --prompts and --txt-prompts was given; give one of them")
+    if args.prompts is not None:
+        return args.prompts
+    try:
+        lines = Path(args.txt_prompts).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--txt-prompts {args.txt_prompts} cannot be read as text ({error})") from None
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise InputError(f"--txt-prompts {args.txt_prompts} holds no prompt; it must hold one a line")
+    return prompts
+
+
+def _read_noise(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except (OSError, ValueError, AttributeError, EOFError) as error:
+        raise InputError(f"--init-noise {path} cannot be read as an npz file ({error})") from None
+
+
+def _output_folder(name: str) -> Path:
+    output = Path(name)
+    nearest = next(p for p in (output, *output.absolute().parents) if p.exists())
+    if not nearest.is_dir():
+        raise InputError(f"--output {output} cannot be a folder, since {nearest} is a file; give another name")
+    return output
+
+
+def _report_all_bad(items: list) -> int:
+    for message in dict.fromkeys(str(item) for item in items):
+        print(f"error: {message}", file=sys.stderr)
+    return _BAD_INPUT
+
+
+# Title and unit of each phase's bar.
+_PHASES = {"load": ("loading weights", "tensor"), "decode": ("decoding", "token"), "denoise": ("denoising", "step")}
+
+
+class _Bars:
+    """Progress bars on standard error, one a phase; the bar stands before the phase's first step is over."""
+
+    def __init__(self, *, quiet: bool):
+        self._quiet, self._bar, self._phase = quiet, None, ""
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        """Shows that `done` of `total` are done in `phase`."""
+        if phase != self._phase or self._bar is None:
+            self.close()
+            self._phase = phase
+            title, unit = _PHASES[phase]
+            self._bar = tqdm(total=total, desc=title, unit=unit, file=sys.stderr, disable=self._quiet)
+        self._bar.update(done - self._bar.n)
+        if done == total:
+            self.close()
+
+    def close(self) -> None:
+        """Ends the current bar, if there is one."""
+        if self._bar is not None:
+            self._bar.close()
+        self._bar = None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
