@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ class Bagel:
         """Loads the weights, unless they are loaded."""
         if self._weights is None:
             started = time.perf_counter()
-            report = None if progress is None else lambda done, total: progress("load", done, total)
+            report = None if progress is None else partial(progress, "load")
             self._weights = jax.block_until_ready(self._source.load(self.dtype, report))
             self.load_seconds = time.perf_counter() - started
         return self._weights
@@ -162,10 +163,7 @@ class Bagel:
     def _decode(self, stage, cache, main, request, progress):
         s = request.settings
         limit = s.max_think_tokens if request.makes_picture else s.max_tokens
-        report = None
-        if progress is not None:
-            progress("decode", 0, limit)
-            report = lambda done, total: progress("decode", done, total)  # noqa: E731
+        report = None if progress is None else partial(progress, "decode")
         sampling = stage.sampling(request.seed, s.do_sample, s.text_temperature)
         ids, cache = stage.decode(cache, main.length, main.rope, limit, sampling, report)
         return self.tokenizer.answer(ids), cache

@@ -114,16 +114,14 @@ def _run(args: argparse.Namespace) -> int:
                     print(f"note: request {i}: {note}", file=sys.stderr)
                 try:
                     result = model.run(item, bars)
+                    record |= _save(result, item, output, name, latents=args.save_latents)
                 # Whatever happens to one request, the others go on and what is finished is kept.
                 except Exception as error:
                     bars.close()
                     print(f"error: request {i} failed: {error}", file=sys.stderr)
                     record["error"], code = f"{type(error).__name__}: {error}", code or _FAILED
-                else:
-                    bars.close()
-                    record |= _save(result, item, output, name, latents=args.save_latents)
-                    if not args.quiet and result.image is not None:
-                        print(f"wrote {output / record['image']}", file=sys.stderr)
+                if not args.quiet and record.get("image"):
+                    print(f"wrote {output / record['image']}", file=sys.stderr)
             results.write(json.dumps(record, ensure_ascii=False) + "\n")
             results.flush()
     return code
@@ -274,4 +272,5 @@ class _Bars:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # an answer that the terminal cannot show is no reason to stop
     sys.exit(main())

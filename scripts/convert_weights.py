@@ -32,13 +32,13 @@ def main() -> int:
         print(f"error: {args.source} is not a directory; give one that holds a BAGEL checkpoint", file=sys.stderr)
         return 2
     try:
-        with CheckpointFiles(args.source) as files:
-            checkpoint = PublishedCheckpoint(files, read_config(files))
-            if args.dry_run:
-                return show(checkpoint)
-            with tqdm(total=len(checkpoint.targets), desc="converting", unit="parameter") as bar:
-                dtype = None if args.dtype is None else jnp.dtype(args.dtype)
-                convert(checkpoint, args.destination, dtype, lambda done, _: bar.update(done - bar.n))
+        files = CheckpointFiles(args.source)
+        checkpoint = PublishedCheckpoint(files, read_config(files))
+        if args.dry_run:
+            return show(checkpoint)
+        with tqdm(total=len(checkpoint.targets), desc="converting", unit="parameter") as bar:
+            dtype = None if args.dtype is None else jnp.dtype(args.dtype)
+            convert(checkpoint, args.destination, dtype, lambda done, _: bar.update(done - bar.n))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1 if args.dry_run else 2

@@ -98,7 +98,7 @@ class ContextStage:
             rope: its next RoPE position.
             max_tokens: decoding steps at most, `<|im_start|>` being the first.
             sampling: how tokens are chosen.
-            progress: called after every few tokens.
+            progress: called as `progress(done, max_tokens)` before the first token and after every few.
 
         Returns:
             The ids, `<|im_start|>` first and the end token not among them, and the cache with them behind the
@@ -114,6 +114,8 @@ class ContextStage:
         )
         cache = _grown(cache, length + max_tokens)
         count = 0
+        if progress is not None:
+            progress(0, max_tokens)
         while count < max_tokens and not bool(state.done):
             stop = min(count + _TOKENS_A_CALL, max_tokens)
             state, cache = decode(self.weights.graph, self.weights.params, cache, state, sampling, _int32(stop))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def read_json(path: Path) -> dict:
 
 
 class CheckpointFiles:
-    """The safetensors files of one checkpoint directory. Only headers are read until `read` is called.
+    """The safetensors files of one checkpoint directory. Only headers are read until `reading` is used.
 
     Raises:
         InputError: a file is missing, damaged or truncated, or a tensor is in two files.
@@ -63,8 +64,6 @@ class CheckpointFiles:
     def __init__(self, directory: Path):
         self.directory = directory
         self.tensors: dict[str, dict[str, TensorInfo]] = {MAIN: {}, AUTOENCODER: {}}
-        self._handles = contextlib.ExitStack()
-        self._open: dict[Path, object] = {}
         self._promised: dict[str, str] = {}  # tensor -> shard, as the index says
         for file in self._main_files():
             self._read_header(MAIN, file)
@@ -91,13 +90,12 @@ class CheckpointFiles:
         if not path.is_file():
             raise InputError(f"{path} does not exist; a BAGEL checkpoint needs it")
         try:
-            handle = self._handles.enter_context(safe_open(str(path), framework="numpy"))
+            with safe_open(str(path), framework="numpy") as handle:
+                views = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (no dict)
+                infos = {n: TensorInfo(path, tuple(v.get_shape()), v.get_dtype()) for n, v in views.items()}
         except (SafetensorError, OSError) as error:
             raise InputError(f"{path} is not a whole safetensors file ({error}); fetch it again") from None
-        self._open[path] = handle
-        for name in handle.keys():  # noqa: SIM118 (a safetensors handle, not a dict)
-            view = handle.get_slice(name)
-            info = TensorInfo(path, tuple(view.get_shape()), view.get_dtype())
+        for name, info in infos.items():
             if (other := self.tensors[kind].setdefault(name, info)) is not info:
                 raise InputError(f"tensor {name} is in both {other.file.name} and {path.name}; it may be in one only")
 
@@ -105,12 +103,20 @@ class CheckpointFiles:
         """Shape of every tensor of one kind (`MAIN` or `AUTOENCODER`)."""
         return {name: info.shape for name, info in self.tensors[kind].items()}
 
-    def read(self, kind: str, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """One slice of one tensor, in the file's dtype."""
-        return self._open[self.tensors[kind][name].file].get_slice(name)[index]
+    @contextmanager
+    def reading(self) -> Iterator[Callable[[str, str, tuple[slice, ...]], np.ndarray]]:
+        """Opens the files for a while: yields `read(kind, name, index)`, one slice of one tensor in the file's dtype.
 
-    def __enter__(self) -> CheckpointFiles:
-        return self
+        The files are mapped into memory, and what was read of them counts as this process's memory until they are
+        closed; so keep the while short.
+        """
+        with ExitStack() as stack:
+            handles = {}
 
-    def __exit__(self, *exc) -> None:
-        self._handles.close()
+            def read(kind: str, name: str, index: tuple[slice, ...]) -> np.ndarray:
+                path = self.tensors[kind][name].file
+                if path not in handles:
+                    handles[path] = stack.enter_context(safe_open(str(path), framework="numpy"))
+                return handles[path].get_slice(name)[index]
+
+            yield read

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -91,25 +92,22 @@ class PublishedCheckpoint:
     def read(self, target: Target, dtype, sharding: jax.sharding.Sharding) -> jax.Array:
         """One parameter as an array of `dtype`; each device reads only its own part of each tensor."""
 
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        axes = target.row.axes or tuple(range(len(target.source_shape)))
+
+        def part(read, index: tuple[slice, ...]) -> np.ndarray:
             index = tuple(slice(*s.indices(size)) for s, size in zip(index, target.shape, strict=True))
-            axes = target.row.axes or tuple(range(len(target.source_shape)))
-            inner = index[1:] if target.row.stacked else index
             source_index = [slice(None)] * len(axes)
-            for target_axis, source_axis in enumerate(axes):
-                source_index[source_axis] = inner[target_axis]
-
-            def tensor(name):
-                return self.files.read(target.row.file, name, tuple(source_index)).transpose(axes)
-
-            if not target.row.stacked:
-                return np.ascontiguousarray(tensor(target.sources[0]).astype(dtype, copy=False))
+            for source_axis, wanted in zip(axes, index[1:] if target.row.stacked else index, strict=True):
+                source_index[source_axis] = wanted
             out = np.empty([s.stop - s.start for s in index], dtype)
-            for place, layer in enumerate(range(index[0].start, index[0].stop)):
-                out[place] = tensor(target.sources[layer])
+            places = out if target.row.stacked else out[None]
+            layers = range(len(target.sources))[index[0]] if target.row.stacked else range(1)
+            for place, layer in zip(places, layers, strict=True):
+                place[...] = read(target.row.file, target.sources[layer], tuple(source_index)).transpose(axes)
             return out
 
-        return jax.make_array_from_callback(target.shape, sharding, part)
+        with self.files.reading() as read:
+            return jax.make_array_from_callback(target.shape, sharding, partial(part, read))
 
     def load(self, dtype, progress: Callable[[int, int], None] | None = None) -> Weights:
         """All weights in `dtype`, on the default device.

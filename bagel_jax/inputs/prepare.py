@@ -11,7 +11,7 @@ from bagel_jax.config import BagelConfig
 from bagel_jax.errors import InputError
 from bagel_jax.inputs import noise
 from bagel_jax.inputs.pictures import Picture, grid_positions, prepare_picture
-from bagel_jax.inputs.plan import PictureGrids, Plan, Text, contexts, plan
+from bagel_jax.inputs.plan import Contexts, PictureGrids, Plan, Text, contexts, plan
 from bagel_jax.inputs.tokenizer import Tokenizer
 from bagel_jax.request import Request
 
@@ -68,7 +68,8 @@ def prepare(request: Request, config: BagelConfig, tokenizer: Tokenizer) -> Prep
     if request.negative_prompt and request.makes_picture:
         negative = Text(tokenizer.prompt(request.negative_prompt))
     wanted = contexts(parts, system=system, negative=negative)
-    if not request.makes_picture:
+    if not request.makes_picture:  # nothing is guided
+        wanted = Contexts(wanted.main, wanted.main, wanted.main)
         return Prepared(request, plan(wanted), tuple(pictures), (), None, None, None, request.notes)
 
     notes = request.notes
