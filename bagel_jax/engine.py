@@ -177,7 +177,7 @@ class Bagel:
         )
         steps = jax.tree.map(jnp.asarray, schedule(s.steps, s.timestep_shift, s.cfg_interval))
         g = guidance(s.cfg_text_scale, s.cfg_img_scale, s.cfg_renorm_type, s.cfg_renorm_min)
-        state = DenoiseState(jnp.array(prepared.initial_latent), jnp.int32(0))
+        state = self._weights.place(DenoiseState(jnp.array(prepared.initial_latent), jnp.int32(0)))
         # All steps in one call, unless somebody watches.
         stops = [evaluations] if progress is None else range(1, evaluations + 1)
         if progress is not None:

@@ -21,7 +21,7 @@ from bagel_jax.ar.steps import (
     prefill_vae,
     prefill_vit,
 )
-from bagel_jax.inputs.plan import Placed, Text, VaeImage
+from bagel_jax.inputs.plan import Placed, Text, VaeImage, VitImage
 from bagel_jax.inputs.prepare import Prepared, latent_positions, vit_positions
 from bagel_jax.inputs.tokenizer import Tokenizer
 from bagel_jax.models.attention import KV
@@ -59,9 +59,11 @@ class ContextStage:
         caches: list[KV] = []
         for build in prepared.plan.builds:
             if build.copy_from is None:
-                cache = empty_cache(self.config, bucket(1, 64), self.dtype)
+                cache = self.weights.place(empty_cache(self.config, bucket(1, 64), self.dtype))
             else:  # copied, since the programs that extend a cache use it up
                 cache = jax.tree.map(jnp.copy, fitted(caches[build.copy_from], build.shared))
+            # Room for all of it at once: a cache of another capacity is another program.
+            cache = _grown(cache, max((_padded_end(placed) for placed in build.compute), default=1))
             for placed in build.compute:
                 cache = self.extend(cache, placed, prepared)
             caches.append(cache)
@@ -71,21 +73,20 @@ class ContextStage:
         """The cache with one more segment at its place."""
         segment = placed.segment
         start, rope = _int32(placed.kv_start), _int32(placed.rope)
-        args = self.weights.graph, self.weights.params
+        model = self.weights.graph, self.weights.params
+        cache = _grown(cache, _padded_end(placed))
         if isinstance(segment, Text):
-            ids = _pad(np.asarray(segment.ids, np.int32), bucket(len(segment.ids)))
-            return prefill_text(*args, _grown(cache, placed.kv_start + len(ids)), ids, start, rope)
+            ids = _pad(np.asarray(segment.ids, np.int32), bucket(segment.num_tokens))
+            return prefill_text(*model, cache, ids, start, rope)
         picture = prepared.pictures[segment.picture]
         if isinstance(segment, VaeImage):
-            cache = _grown(cache, placed.kv_end)
             noise = prepared.posterior_noise[segment.picture]
             positions = latent_positions((segment.rows, segment.columns), self.config)
-            return prefill_vae(*args, cache, picture.vae_pixels, noise, positions, self._markers, start, rope)
+            return prefill_vae(*model, cache, picture.vae_pixels, noise, positions, self._markers, start, rope)
         length = len(picture.vit_patches)
-        padded = bucket(length, 64)
-        patches, positions = _pad(picture.vit_patches, padded), _pad(vit_positions(picture, self.config), padded)
-        cache = _grown(cache, placed.kv_start + padded + 2)
-        return prefill_vit(*args, cache, patches, positions, _int32(length), self._markers, start, rope)
+        patches = _pad(picture.vit_patches, bucket(length, 64))
+        positions = _pad(vit_positions(picture, self.config), bucket(length, 64))
+        return prefill_vit(*model, cache, patches, positions, _int32(length), self._markers, start, rope)
 
     def decode(
         self, cache: KV, length: int, rope: int, max_tokens: int, sampling: Sampling, progress: Progress | None = None
@@ -112,7 +113,7 @@ class ContextStage:
             rope=_int32(rope),
             done=jnp.asarray(False),
         )
-        cache = _grown(cache, length + max_tokens)
+        state, cache = self.weights.place(state), _grown(cache, length + max_tokens)
         count = 0
         if progress is not None:
             progress(0, max_tokens)
@@ -128,6 +129,16 @@ class ContextStage:
         """The choice of tokens for one request, random from its seed alone."""
         key = jax.random.key(seed, impl="threefry2x32")
         return Sampling(key, jnp.asarray(do_sample), jnp.float32(temperature), _int32(self.tokenizer.im_end))
+
+
+def _padded_end(placed: Placed) -> int:
+    """One past the last token that a segment's program writes, padding included."""
+    segment = placed.segment
+    if isinstance(segment, Text):
+        return placed.kv_start + bucket(segment.num_tokens)
+    if isinstance(segment, VitImage):
+        return placed.kv_start + bucket(segment.num_tokens - 2, 64) + 2
+    return placed.kv_end
 
 
 def fitted(cache: KV, length: int) -> KV:

@@ -18,6 +18,14 @@ class Weights:
     graph: nnx.GraphDef
     params: nnx.State
 
+    def place(self, tree):
+        """A pytree's arrays put, for good, on the device where the parameters are.
+
+        What a program returns is bound to a device; what the host makes is not. A program that gets now one, now the
+        other for the same argument is compiled twice.
+        """
+        return jax.device_put(tree, jax.tree.leaves(self.params)[0].sharding)
+
     def model(self) -> BagelModel:
         """The module again."""
         return nnx.merge(self.graph, self.params)
