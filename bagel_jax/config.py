@@ -119,13 +119,17 @@ class BagelConfig:
 
     @classmethod
     def from_dict(cls, data: dict) -> BagelConfig:
-        """The inverse of `to_dict`."""
+        """The inverse of `to_dict`; raises KeyError or TypeError for what `to_dict` does not give."""
         autoencoder = dict(data["autoencoder"], widths=tuple(data["autoencoder"]["widths"]))
-        return cls(
-            **dict(
-                data,
-                trunk=TrunkConfig(**data["trunk"]),
-                vit=VitConfig(**data["vit"]),
-                autoencoder=AutoencoderConfig(**autoencoder),
-            )
-        )
+        parts = {
+            "trunk": TrunkConfig(**data["trunk"]),
+            "vit": VitConfig(**data["vit"]),
+            "autoencoder": AutoencoderConfig(**autoencoder),
+        }
+        config = cls(**(data | parts))
+        for part in (config, *parts.values()):
+            for field in dataclasses.fields(part):
+                value = getattr(part, field.name)
+                if type(value).__name__ != field.type.split("[")[0]:
+                    raise TypeError(f"{field.name} is {value!r}; it must be of type {field.type}")
+        return config

@@ -151,6 +151,9 @@ class Request:
         for item in self.inputs:
             if not isinstance(item, str | Image.Image):
                 raise InputError(f"an input is a {type(item).__name__}; each must be a string or a PIL picture")
+        for text in (*self.inputs, self.negative_prompt):
+            if isinstance(text, str) and not _is_unicode(text):
+                raise InputError(f"prompt {text!r} is not valid Unicode text; give it in UTF-8")
         pictures = sum(isinstance(item, Image.Image) for item in self.inputs)
         wants_picture = self.modality.startswith("img2")
         if wants_picture and not pictures:
@@ -207,6 +210,12 @@ class Request:
         idle = [name for name in given if name not in APPLICABLE[modality]]
         sizes = [name for name in idle if modality == "img2img" and name in ("height", "width")]
         notes = [f"{name} has no effect on {modality}" for name in idle if name not in sizes]
+        if "max_think_tokens" in given and "max_think_tokens" not in idle and not think:
+            notes.append("max_think_tokens has no effect without think")
+        if "text_temperature" in given and not given.get("do_sample"):
+            notes.append("text_temperature has no effect without do_sample")
+        if init_noise is not None and not modality.endswith("img"):
+            notes.append(f"init_noise has no effect on {modality}")
         if sizes:
             notes.append(f"{' and '.join(sizes)} not used: an edit keeps the (resized) input picture's size")
         if negative_prompt and not modality.endswith("img"):
@@ -273,6 +282,14 @@ class Result:
     error: str | None = None
 
 
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def open_picture(path: str | Path) -> Image.Image:
     """A picture from a file, fully decoded.
 
@@ -286,6 +303,6 @@ def open_picture(path: str | Path) -> Image.Image:
         raise InputError(f"picture {path} does not exist; give the path of a picture file") from None
     except Image.DecompressionBombError as error:
         raise InputError(f"picture {path} is too large ({error}); give a smaller one") from None
-    except (OSError, SyntaxError, ValueError) as error:
+    except Exception as error:  # Pillow's decoders raise whatever they like
         raise InputError(f"{path} cannot be read as a picture ({error}); give a PNG, JPEG or the like") from None
     return picture

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -81,7 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    requests = _requests(args)
+    prompts = _prompts(args)
+    requests = _requests(args, prompts)
     output = _output_folder(args.output)
     if all(isinstance(request, InputError) for request in requests):
         return _report_all_bad(requests)
@@ -105,7 +109,12 @@ def _run(args: argparse.Namespace) -> int:
     with (output / "results.jsonl").open("w", encoding="utf-8") as results:
         for i, item in enumerate(prepared):
             name = f"output_{i}"
-            record: dict[str, Any] = {"id": name, "modality": args.modality}
+            record: dict[str, Any] = {
+                "id": name,
+                "modality": args.modality,
+                "prompt": prompts[i],
+                "seed": args.seed + i,
+            }
             if isinstance(item, InputError):
                 print(f"error: request {i}: {item}", file=sys.stderr)
                 record["error"], code = str(item), _BAD_INPUT
@@ -124,15 +133,24 @@ def _run(args: argparse.Namespace) -> int:
                     print(f"wrote {output / record['image']}", file=sys.stderr)
             results.write(json.dumps(record, ensure_ascii=False) + "\n")
             results.flush()
+            if record.get("text") is not None:
+                _print_answer(record["text"])
     return code
+
+
+def _print_answer(text: str) -> None:
+    """Prints a text; what the terminal cannot show is escaped, and nobody listening any more is no fault."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (stays open until the process ends)
 
 
 def _save(result: Result, prepared, output: Path, name: str, *, latents: bool) -> dict[str, Any]:
     """Writes what came out, and returns the result's line of results.jsonl."""
     request: Request = prepared.request
-    record: dict[str, Any] = {"prompt": request.prompt, "text": result.text, "image": None, "size": None}
-    if result.text is not None:
-        print(result.text, flush=True)
+    record: dict[str, Any] = {"text": result.text, "image": None, "size": None}
     if result.image is not None:
         record["image"] = f"{name}.png"
         record["size"] = {"height": result.image.height, "width": result.image.width}
@@ -140,7 +158,6 @@ def _save(result: Result, prepared, output: Path, name: str, *, latents: bool) -
         if latents:
             np.save(output / f"{name}.latent.npy", result.latents)
     return record | {
-        "seed": request.seed,
         "think": request.think,
         "negative_prompt": request.negative_prompt,
         "settings": request.applicable_settings(),
@@ -149,9 +166,8 @@ def _save(result: Result, prepared, output: Path, name: str, *, latents: bool) -
     }
 
 
-def _requests(args: argparse.Namespace) -> list[Request | InputError]:
+def _requests(args: argparse.Namespace, prompts: list[str]) -> list[Request | InputError]:
     """One request a prompt, or what is wrong with it."""
-    prompts = _prompts(args)
     paths = args.image_path or []
     if len(paths) not in (0, 1, len(prompts)):
         raise InputError(
@@ -212,7 +228,7 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     if args.prompts is not None:
         return args.prompts
     try:
-        lines = Path(args.txt_prompts).read_text(encoding="utf-8").splitlines()
+        lines = Path(args.txt_prompts).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--txt-prompts {args.txt_prompts} cannot be read as text ({error})") from None
     prompts = [line.strip() for line in lines if line.strip()]
@@ -223,10 +239,15 @@ def _prompts(args: argparse.Namespace) -> list[str]:
 
 def _read_noise(path: Path) -> dict[str, np.ndarray]:
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
-    except (OSError, ValueError, AttributeError, EOFError) as error:
-        raise InputError(f"--init-noise {path} cannot be read as an npz file ({error})") from None
+        with zipfile.ZipFile(path) as archive:  # NumPy would take other files for pickles, and say so
+            damaged = archive.testzip()
+        if damaged is None:
+            with np.load(path, allow_pickle=False) as arrays:
+                return {name: arrays[name] for name in arrays.files}
+        reason = f"{damaged} in it is damaged"
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        reason = str(error)
+    raise InputError(f"--init-noise {path} cannot be read as an npz file ({reason}); numpy.savez writes one")
 
 
 def _output_folder(name: str) -> Path:
@@ -272,5 +293,4 @@ class _Bars:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # an answer that the terminal cannot show is no reason to stop
     sys.exit(main())

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from bagel_jax.checkpoint.files import CheckpointFiles
 from bagel_jax.checkpoint.load import PublishedCheckpoint, Report
 from bagel_jax.checkpoint.sizes import read_config
-from bagel_jax.checkpoint.store import convert
+from bagel_jax.checkpoint.store import MANIFEST, convert
 from bagel_jax.checkpoint.table import AUTOENCODER, MAIN
 from bagel_jax.errors import InputError
 
@@ -30,6 +30,9 @@ def main() -> int:
         p.error("DST is missing; give the directory to write, or --dry-run")
     if not args.source.is_dir():
         print(f"error: {args.source} is not a directory; give one that holds a BAGEL checkpoint", file=sys.stderr)
+        return 2
+    if (args.source / MANIFEST).exists():
+        print(f"error: {args.source} is converted already; use it as --model", file=sys.stderr)
         return 2
     try:
         files = CheckpointFiles(args.source)
@@ -51,7 +54,8 @@ def show(checkpoint: PublishedCheckpoint) -> int:
     report = checkpoint.report()
     print(table(report))
     files = checkpoint.files
-    print(f"\n{len(files.tensors[MAIN])} tensors in the model, {len(files.tensors[AUTOENCODER])} in the autoencoder")
+    counts = len(files.tensors[MAIN]), len(files.tensors[AUTOENCODER])
+    print(f"\n{counts[0]:,} tensors in the model, {counts[1]:,} in the autoencoder")
     if not any((files.directory / name).exists() for name in ("tokenizer.json", "vocab.json")):
         print("note: no tokenizer files here; a model needs them to run")
     for title, names in (

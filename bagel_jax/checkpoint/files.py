@@ -70,7 +70,7 @@ class CheckpointFiles:
         self._read_header(AUTOENCODER, directory / "ae.safetensors")
         for name, shard in self._promised.items():
             found = self.tensors[MAIN].get(name)
-            if found is not None and found.file.name != shard:
+            if found is not None and found.file != self.directory / shard:
                 raise InputError(f"tensor {name} is in {found.file.name}, but {_INDEX} says {shard}")
 
     def _main_files(self) -> list[Path]:
@@ -81,8 +81,12 @@ class CheckpointFiles:
         if not index.exists():
             raise InputError(f"{self.directory} holds neither ema.safetensors nor {_INDEX}; it needs one of them")
         weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise InputError(f"{index} has no weight_map; it must map tensor names to shard files")
+        if (
+            not isinstance(weight_map, dict)
+            or not weight_map
+            or not all(isinstance(shard, str) for shard in weight_map.values())
+        ):
+            raise InputError(f"{index} has no usable weight_map; it must map tensor names to names of shard files")
         self._promised = weight_map
         return [self.directory / name for name in sorted(set(weight_map.values()))]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -86,8 +87,9 @@ class PublishedCheckpoint:
             raise InputError(f"the checkpoint in {self.files.directory} does not fit its model: {shown}")
 
     def stored_dtype(self, target: Target) -> np.dtype:
-        """The dtype that a parameter's tensors have in the file."""
-        return np.dtype(_NUMPY[self.files.tensors[target.row.file][target.sources[0]].dtype])
+        """The dtype that a parameter's tensors have in the files; the widest, where layers differ."""
+        infos = (self.files.tensors[target.row.file][name] for name in target.sources)
+        return functools.reduce(jnp.promote_types, {_NUMPY[info.dtype] for info in infos})
 
     def read(self, target: Target, dtype, sharding: jax.sharding.Sharding) -> jax.Array:
         """One parameter as an array of `dtype`; each device reads only its own part of each tensor."""

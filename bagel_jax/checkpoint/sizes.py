@@ -15,7 +15,10 @@ from bagel_jax.checkpoint.files import CheckpointFiles, read_json
 from bagel_jax.checkpoint.table import AUTOENCODER, MAIN
 from bagel_jax.config import AutoencoderConfig, BagelConfig, TrunkConfig, VitConfig
 from bagel_jax.errors import InputError
+from bagel_jax.models.autoencoder import NORM_GROUPS
 from bagel_jax.models.layers import ACTIVATIONS
+
+_KINDS = {int: "whole number", float: "number", str: "string", bool: "true or false", dict: "json object"}
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -36,7 +39,7 @@ def read_config(files: CheckpointFiles) -> BagelConfig:
     vit = _Json(_part(directory, top, "vit_config"), directory / "vit_config.json")
     top = _Json(top, directory / "config.json")
     main = files.shapes(MAIN)
-    autoencoder = _autoencoder(files.shapes(AUTOENCODER), top.get("vae_config", dict, {}))
+    autoencoder = _autoencoder(files.shapes(AUTOENCODER), _Json(top.get("vae_config", dict, {}), top.path))
     latent_dim = _shape(main, "vae2llm.weight", 2)[1]
     return BagelConfig(
         trunk=_trunk(llm),
@@ -57,15 +60,18 @@ class _Json:
     def __init__(self, data: dict, path: Path):
         self.data, self.path = data, path
 
-    def get(self, name: str, kind: type, default=None):
+    def get(self, name: str, kind: type, default=None, *, signed: bool = False):
         value = self.data.get(name, default)
         if value is None:
             raise InputError(f"{self.path} has no {name}; it must be given")
-        if kind is float and isinstance(value, int):
-            value = float(value)
-        if not isinstance(value, kind) or (kind is int and (isinstance(value, bool) or value < 1)):
-            raise InputError(f"{self.path} has {name} = {value!r}; it must be a positive {kind.__name__}")
-        return value
+        good = isinstance(value, kind)
+        if kind in (int, float):
+            good = isinstance(value, int | kind) and not isinstance(value, bool) and math.isfinite(value)
+            good = good and (value > 0 or signed)
+        if not good:
+            sign = "positive " if kind in (int, float) and not signed else ""
+            raise InputError(f"{self.path} has {name} = {value!r}; it must be a {sign}{_KINDS[kind]}")
+        return kind(value)
 
 
 def _part(directory: Path, top: dict, name: str) -> dict:
@@ -137,10 +143,13 @@ def _vit(vit: _Json, shapes: Shapes) -> VitConfig:
             f"the checkpoint holds {layers} ViT layers, but {vit.path} says {stated}; "
             f"it must say {layers} or {layers + 1}"
         )
+    width, heads = vit.get("hidden_size", int), vit.get("num_attention_heads", int)
+    if width % heads:
+        raise InputError(f"{vit.path} has {heads} attention heads on a width of {width}; it must divide")
     return VitConfig(
-        hidden_size=vit.get("hidden_size", int),
+        hidden_size=width,
         num_layers=layers,
-        num_heads=vit.get("num_attention_heads", int),
+        num_heads=heads,
         mlp_width=vit.get("intermediate_size", int),
         patch_size=vit.get("patch_size", int),
         num_positions=_shape(shapes, f"{prefix}.embeddings.position_embedding.weight", 2)[0],
@@ -150,15 +159,19 @@ def _vit(vit: _Json, shapes: Shapes) -> VitConfig:
     )
 
 
-def _autoencoder(shapes: Shapes, stated: dict) -> AutoencoderConfig:
+def _autoencoder(shapes: Shapes, stated: _Json) -> AutoencoderConfig:
     base, image_channels = _shape(shapes, "encoder.conv_in.weight", 4)[:2]
-    levels = _count(shapes, r"encoder\.down\.(\d+)\.")
+    levels = max(1, _count(shapes, r"encoder\.down\.(\d+)\."))
+    widths = tuple(_shape(shapes, f"encoder.down.{i}.block.0.conv1.weight", 4)[0] for i in range(levels))
+    for width in (base, *widths):
+        if width % NORM_GROUPS:
+            raise InputError(f"the autoencoder has a width of {width}; it must be a multiple of {NORM_GROUPS}")
     return AutoencoderConfig(
         image_channels=image_channels,
         base_width=base,
-        widths=tuple(_shape(shapes, f"encoder.down.{i}.block.0.conv1.weight", 4)[0] for i in range(levels)),
+        widths=widths,
         num_res_blocks=_count(shapes, r"encoder\.down\.\d+\.block\.(\d+)\."),
         latent_channels=_shape(shapes, "decoder.conv_in.weight", 4)[1],
-        scale_factor=float(stated.get("scale_factor", _SCALE_FACTOR)),
-        shift_factor=float(stated.get("shift_factor", _SHIFT_FACTOR)),
+        scale_factor=stated.get("scale_factor", float, _SCALE_FACTOR),
+        shift_factor=stated.get("shift_factor", float, _SHIFT_FACTOR, signed=True),
     )

@@ -25,6 +25,7 @@ from bagel_jax.models.weights import Weights, abstract_weights, fill, flatten
 
 MANIFEST = "bagel_jax.json"
 _FORMAT = 1
+_UNFINISHED = "unfinished"  # an empty file that marks a directory as this module's to remove
 # Arrays are cut into pieces of at most this many bytes, so that a device can read its part of one.
 _CHUNK_BYTES = 64 * 2**20
 
@@ -47,9 +48,14 @@ def convert(
     if destination.exists():
         raise InputError(f"{destination} is there already; give a directory that is not, or remove it")
     partial = destination.with_name(destination.name + ".partial")
-    if partial.exists():
+    if (partial / _UNFINISHED).exists():
         shutil.rmtree(partial)  # what an interrupted conversion left
+    elif partial.exists():
+        raise InputError(
+            f"{partial} is in the way and no interrupted conversion; remove it or give another destination"
+        )
     (partial / "weights").mkdir(parents=True)
+    (partial / _UNFINISHED).touch()
     sharding = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
     dtypes: dict[str, str] = {}
     done = 0
@@ -72,6 +78,7 @@ def convert(
             shutil.copyfile(file, partial / file.name)
     manifest = {"format": _FORMAT, "config": checkpoint.config.to_dict(), "dtypes": dtypes}
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    (partial / _UNFINISHED).unlink()
     partial.rename(destination)
 
 
@@ -95,7 +102,7 @@ class ConvertedCheckpoint:
             )
         try:
             self.config = BagelConfig.from_dict(manifest["config"])
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{directory / MANIFEST} has a damaged config ({error!r}); convert again") from None
         for component in COMPONENTS:
             if not (directory / "weights" / _folder(component)).is_dir():
@@ -124,8 +131,9 @@ class ConvertedCheckpoint:
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
                 try:
                     found = checkpointer.restore((self.directory / "weights" / _folder(component)).absolute(), restore)
-                except (ValueError, KeyError, OSError) as error:
-                    reason = str(error).strip().splitlines()[0]
+                except Exception as error:  # Orbax and TensorStore raise all kinds
+                    reason = f"{type(error.__cause__ or error).__name__}: {error.__cause__ or error}".splitlines()[0]
+                    reason = reason.split(". See full TensorStore details")[0]
                     raise InputError(
                         f"the {component} weights in {self.directory} cannot be read ({reason}); convert again"
                     ) from None

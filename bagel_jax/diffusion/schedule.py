@@ -26,8 +26,7 @@ def timesteps(steps: int, shift: float) -> np.ndarray:
     step = np.float64(np.float32(-1) / np.float32(steps - 1))
     i = np.arange(steps)
     t = np.where(i < steps // 2, 1 + step * i, -step * (steps - 1 - i)).astype(np.float32)
-    shift = np.float32(shift)
-    return shift * t / (np.float32(1) + (shift - np.float32(1)) * t)
+    return np.float32(shift) * t / (np.float32(1) + np.float32(shift - 1) * t)
 
 
 def schedule(steps: int, shift: float, interval: tuple[float, float]) -> Schedule:

@@ -44,8 +44,11 @@ def prepare_picture(image: Image.Image, config: BagelConfig) -> Picture:
 def onto_white(image: Image.Image) -> Image.Image:
     """RGB; what is transparent becomes white, in every mode that can be transparent.
 
-    The official `pil_img2rgb` does so for RGBA and palette pictures, and lets grey ones with alpha turn black.
+    The official `pil_img2rgb` does so for RGBA and palette pictures. It lets grey ones with alpha turn black, and
+    16-bit grey ones white where they are above 255 of 65,535; here both look as they should.
     """
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGB", image.size, (255, 255, 255))
@@ -98,13 +101,12 @@ def patchify(pixels: np.ndarray, patch: int) -> np.ndarray:
 def grid_positions(rows: int, columns: int, side: int, interpolate: bool) -> np.ndarray:
     """Rows `[rows columns]` int32 of a `side` x `side` position table for a grid of patches.
 
-    Plain: the grid lies in the table's corner. Interpolated: it is spread over the whole table.
+    Plain: the grid lies in the table's corner. Interpolated: it is spread over the whole table (where a patch falls
+    on a border of two places, the official code's float32 puts it now in one, now in the other, by the processor's
+    vector width; here it is always the upper one).
     """
 
     def coordinates(count):
-        if not interpolate:
-            return np.arange(count)
-        boundaries = np.arange(1, side) / side
-        return np.searchsorted(boundaries.astype(np.float32), (np.arange(count) / count).astype(np.float32), "right")
+        return np.arange(count) * side // count if interpolate else np.arange(count)
 
     return (coordinates(rows)[:, None] * side + coordinates(columns)).reshape(-1).astype(np.int32)

@@ -117,6 +117,8 @@ def _noise(request, pictures, num_tokens, config):
             raise InputError(f"init_noise has no array {name}; it must have one of shape {list(shape)}")
         if tuple(np.shape(array)) != shape:
             raise InputError(f"init_noise has {name} of shape {list(np.shape(array))}; it must be {list(shape)}")
+        if np.asarray(array).dtype.kind not in "fiu":
+            raise InputError(f"init_noise has {name} of dtype {np.asarray(array).dtype}; it must hold real numbers")
         given[name] = np.asarray(array, np.float32)
         if not np.isfinite(given[name]).all():
             raise InputError(f"init_noise has {name} with values that are not finite; all must be")

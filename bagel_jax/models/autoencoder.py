@@ -13,6 +13,8 @@ from bagel_jax.config import AutoencoderConfig
 from bagel_jax.models.attention import KV, attend
 from bagel_jax.models.layers import precision
 
+NORM_GROUPS = 32
+
 
 def _conv(width_in, width_out, size, dtype, rngs, *, stride=1, padding="SAME") -> nnx.Conv:
     return nnx.Conv(
@@ -30,7 +32,7 @@ def _conv(width_in, width_out, size, dtype, rngs, *, stride=1, padding="SAME") -
 
 def _group_norm(width, dtype, rngs) -> nnx.GroupNorm:
     return nnx.GroupNorm(
-        width, num_groups=32, epsilon=1e-6, dtype=dtype, param_dtype=dtype, use_fast_variance=False, rngs=rngs
+        width, num_groups=NORM_GROUPS, epsilon=1e-6, dtype=dtype, param_dtype=dtype, use_fast_variance=False, rngs=rngs
     )
 
 

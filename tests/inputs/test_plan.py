@@ -1,0 +1,249 @@
+"""What the contexts of a request hold, where everything lies, and what is shared."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bagel_jax.engine import hand_over
+from bagel_jax.inputs.plan import Contexts, PictureGrids, Placed, Text, VaeImage, View, VitImage, contexts, place, plan
+from bagel_jax.models.attention import KV
+
+A, B, SYSTEM, NEGATIVE = (
+    Text((1, 10, 11, 2)),
+    Text((1, 20, 21, 22, 2)),
+    Text((1, 30, 2)),
+    Text((1, 40, 41, 42, 43, 2)),
+)
+FIRST, SECOND = PictureGrids(0, (2, 3), (4, 5)), PictureGrids(1, (3, 3), (2, 2))
+VAE0, VIT0 = VaeImage(0, 4, 5), VitImage(0, 2, 3)  # 22 and 8 tokens
+VAE1, VIT1 = VaeImage(1, 2, 2), VitImage(1, 3, 3)  # 6 and 11 tokens
+
+
+def planned(*inputs, **kwargs):
+    return plan(contexts(inputs, **kwargs))
+
+
+def test_regression_12_text_free_context_is_empty():
+    """Guidance pushes away from an empty prompt in markers instead of from no prompt: other pictures."""
+    assert contexts([A]) == Contexts(main=(A,), text=(), img=(A,))
+    made = planned(A)
+    assert made.text == View(0, 0, 0)
+    assert made.main == made.img == View(0, 4, 4)
+    assert [build.compute for build in made.builds] == [(Placed(A, 0, 0),)]
+
+
+def test_edit():
+    """An edit's guidance contexts hold the wrong things, or the picture is computed twice."""
+    assert contexts([FIRST, A]) == Contexts(main=(VAE0, VIT0, A), text=(VAE0, VIT0), img=(A,))
+    made = planned(FIRST, A)
+    assert made.builds[0].compute == (Placed(VAE0, 0, 0), Placed(VIT0, 22, 1), Placed(A, 30, 2))
+    assert (made.builds[1].copy_from, made.builds[1].shared) == (None, 0)
+    assert made.builds[1].compute == (Placed(A, 0, 0),)
+    assert (made.main, made.text, made.img) == (View(0, 34, 6), View(0, 30, 2), View(1, 4, 4))
+    assert len(made.builds) == 2
+
+
+def test_edit_of_two_pictures():
+    """The second picture is put where the first is, or is missing from the context without text."""
+    assert contexts([FIRST, SECOND, A]).text == (VAE0, VIT0, VAE1, VIT1)
+    made = planned(FIRST, SECOND, A)
+    starts = [(p.segment, p.kv_start, p.kv_end, p.rope) for p in made.builds[0].compute]
+    assert starts == [(VAE0, 0, 22, 0), (VIT0, 22, 30, 1), (VAE1, 30, 36, 2), (VIT1, 36, 47, 3), (A, 47, 51, 4)]
+    assert (made.main, made.text, made.img) == (View(0, 51, 8), View(0, 47, 4), View(1, 4, 4))
+
+
+def test_regression_23_order_of_the_prompt_is_kept():
+    """ "First text, picture, second text" is read with the picture first."""
+    wanted = contexts([A, FIRST, B])
+    assert wanted == Contexts(main=(A, VAE0, VIT0, B), text=(A, VAE0, VIT0), img=(A, B))
+    made = planned(A, FIRST, B)
+    assert (made.builds[1].copy_from, made.builds[1].shared) == (0, 4)
+    assert made.builds[1].compute == (Placed(B, 4, 4),)
+    assert (made.main, made.text, made.img) == (View(0, 39, 11), View(0, 34, 6), View(1, 9, 9))
+
+
+def test_picture_last():
+    """A prompt that ends in a picture: the official context without the last text is then the full one."""
+    assert contexts([A, FIRST]) == Contexts(main=(A, VAE0, VIT0), text=(A, VAE0, VIT0), img=(A,))
+    made = planned(A, FIRST)
+    assert len(made.builds) == 1
+    assert (made.main, made.text, made.img) == (View(0, 34, 6), View(0, 34, 6), View(0, 4, 4))
+
+
+def test_several_texts_in_a_row():
+    """All prompts are dropped from the guidance context, where only the last one must be."""
+    made = planned(A, B)
+    assert (made.main, made.text, made.img) == (View(0, 9, 9), View(0, 4, 4), View(0, 9, 9))
+    assert len(made.builds) == 1
+
+
+def test_understanding_has_no_latent_block():
+    """A question about a picture pays for the autoencoder, and the model sees tokens it was not trained to see."""
+    made = planned(PictureGrids(0, (2, 3), None), A)
+    assert made.builds[0].compute == (Placed(VIT0, 0, 0), Placed(A, 8, 1))
+    assert made.main == View(0, 12, 5)
+
+
+def test_regression_33_system_prompt_comes_first():
+    """Think mode without thinking: the system prompt is missing, or missing from a guidance context."""
+    assert contexts([A], system=SYSTEM) == Contexts(main=(SYSTEM, A), text=(SYSTEM,), img=(SYSTEM, A))
+    made = planned(A, system=SYSTEM)
+    assert (made.main, made.text, made.img) == (View(0, 7, 7), View(0, 3, 3), View(0, 7, 7))
+    assert contexts([FIRST, A], system=SYSTEM) == Contexts(
+        main=(SYSTEM, VAE0, VIT0, A), text=(SYSTEM, VAE0, VIT0), img=(SYSTEM, A)
+    )
+    edit = planned(FIRST, A, system=SYSTEM)
+    assert (edit.builds[1].copy_from, edit.builds[1].shared, edit.builds[1].compute) == (0, 3, (Placed(A, 3, 3),))
+
+
+def test_negative_prompt():
+    """A negative prompt has no effect, or it takes the place of more than the last text."""
+    made = planned(A, negative=NEGATIVE)
+    assert made.builds[1].compute == (Placed(NEGATIVE, 0, 0),)
+    assert (made.main, made.text, made.img) == (View(0, 4, 4), View(1, 6, 6), View(0, 4, 4))
+    assert contexts([FIRST, A], negative=NEGATIVE).text == (VAE0, VIT0, NEGATIVE)
+    edit = planned(FIRST, A, negative=NEGATIVE)
+    assert (edit.builds[1].copy_from, edit.builds[1].shared) == (0, 30)
+    assert edit.builds[1].compute == (Placed(NEGATIVE, 30, 2),)
+    assert (edit.main, edit.text, edit.img) == (View(0, 34, 6), View(1, 36, 8), View(2, 4, 4))
+
+
+def test_negative_prompt_equal_to_the_prompt():
+    """The prompt itself as the negative prompt costs a cache of its own."""
+    made = planned(A, negative=A)
+    assert len(made.builds) == 1
+    assert made.main == made.text
+
+
+def test_regression_21_a_block_has_one_position():
+    """Everything behind a picture lies at positions that the model has never seen so far out."""
+    big = PictureGrids(0, (70, 70), (64, 64))
+    assert [p.rope for p in place(contexts([big, A, B]).main)] == [0, 1, 2, 6]
+    assert VitImage(0, 70, 70).num_tokens == 4902
+    assert VaeImage(0, 64, 64).num_tokens == 4098
+
+
+def test_vit_and_latent_blocks_are_not_mixed_up():
+    """Two kinds of block of one picture with equal grids pass for the same: one gets the other's cache."""
+    assert VitImage(0, 2, 2) != VaeImage(0, 2, 2)
+    assert VitImage(0, 2, 2) != VitImage(1, 2, 2)
+
+
+def test_equal_contexts_are_one_row():
+    """Guidance of text2img costs three evaluations instead of two."""
+    cache = KV(jnp.zeros((1, 64, 1, 2)), jnp.zeros((1, 64, 1, 2)))
+    made = planned(A)
+    context = hand_over([cache], made.main, made.text, made.img)
+    assert (context.rows, context.text_row, context.img_row) == ((0, 0), 1, 0)
+    assert (context.length.tolist(), context.rope.tolist()) == ([4, 0], [4, 0])
+    assert len(context.caches) == 1
+
+
+def test_contexts_handed_over_are_the_right_ones():
+    """Rows are paired with another branch's cache, length or position."""
+    caches = [KV(jnp.full((1, 64, 1, 2), i), jnp.full((1, 64, 1, 2), -i)) for i in (7.0, 8.0, 9.0)]
+    made = planned(FIRST, A, negative=NEGATIVE)
+    context = hand_over(caches, made.main, made.text, made.img)
+    assert [float(context.caches[row].k[0, 0, 0, 0]) for row in context.rows] == [7, 8, 9]
+    assert (context.text_row, context.img_row) == (1, 2)
+    assert (context.length.tolist(), context.rope.tolist()) == ([34, 36, 4], [6, 8, 4])
+    last = planned(A, FIRST)
+    context = hand_over(caches[:1], last.main, last.text, last.img)
+    assert (context.rows, context.text_row, context.img_row) == ((0, 0), 0, 1)
+
+
+texts = st.builds(Text, st.lists(st.integers(0, 3), min_size=1, max_size=4).map(tuple))
+grid = st.tuples(st.integers(1, 3), st.integers(1, 3))
+
+
+@st.composite
+def prompts(draw):
+    """Inputs in any order, with or without system and negative prompts; few words, so that prefixes coincide."""
+    with_latents = draw(st.booleans())
+    inputs = []
+    for i, item in enumerate(draw(st.lists(texts | st.none(), max_size=6))):
+        inputs.append(item or PictureGrids(i, draw(grid), draw(grid) if with_latents else None))
+    return inputs, {"system": draw(st.none() | texts), "negative": draw(st.none() | texts)}
+
+
+def contents(made) -> list[list[Placed]]:
+    """What each cache holds after all builds."""
+    caches = []
+    for build in made.builds:
+        held = []
+        if build.copy_from is not None:
+            held = [p for p in caches[build.copy_from] if p.kv_end <= build.shared]
+            assert held[-1].kv_end == build.shared
+        else:
+            assert build.shared == 0
+        caches.append(held + list(build.compute))
+    return caches
+
+
+@settings(deadline=None, max_examples=200)
+@given(prompts())
+def test_every_view_sees_its_context(prompt):
+    """A guidance branch sees tokens of another context, or at other positions."""
+    inputs, extra = prompt
+    wanted = contexts(inputs, **extra)
+    made = plan(wanted)
+    caches = contents(made)
+    for placed in caches:
+        start = rope = 0
+        for p in placed:
+            assert (p.kv_start, p.rope) == (start, rope)
+            start += len(p.segment.ids) if isinstance(p.segment, Text) else p.segment.rows * p.segment.columns + 2
+            rope += len(p.segment.ids) if isinstance(p.segment, Text) else 1
+            assert p.kv_end == start
+    for view, context in ((made.main, wanted.main), (made.text, wanted.text), (made.img, wanted.img)):
+        seen = [p for p in caches[view.cache] if p.kv_end <= view.length]
+        assert tuple(p.segment for p in seen) == context
+        assert view.length == sum(s.num_tokens for s in context)
+        assert view.rope == sum(s.rope_advance for s in context)
+    assert made.main.cache == 0
+
+
+@settings(deadline=None, max_examples=200)
+@given(prompts())
+def test_nothing_is_computed_twice(prompt):
+    """An edit pays for its pictures once a guidance branch."""
+    inputs, extra = prompt
+    wanted = contexts(inputs, **extra)
+    made = plan(wanted)
+    prefixes = {c[: i + 1] for c in (wanted.main, wanted.text, wanted.img) for i in range(len(c))}
+    computed = sum(p.segment.num_tokens for build in made.builds for p in build.compute)
+    assert computed == sum(prefix[-1].num_tokens for prefix in prefixes)
+
+
+@settings(deadline=None, max_examples=100)
+@given(prompts())
+def test_contexts_follow_the_official_loop(prompt):
+    """The contexts of a prompt with several pictures and texts are not the official ones."""
+    inputs, extra = prompt
+    main = [extra["system"]] if extra["system"] else []
+    img, text = list(main), []
+    for item in inputs:  # as in `interleave_inference`
+        if isinstance(item, Text):
+            text = list(main)
+            main.append(item)
+            img.append(item)
+        else:
+            if item.vae:
+                main.append(VaeImage(item.picture, *item.vae))
+            main.append(VitImage(item.picture, *item.vit))
+            text = list(main)
+    text += [extra["negative"]] if extra["negative"] else []
+    assert contexts(inputs, **extra) == Contexts(tuple(main), tuple(text), tuple(img))
+
+
+def test_a_row_keeps_only_what_it_may_see():
+    """A context is cut shorter than its branch needs it when it is handed over."""
+    values = jnp.arange(256, dtype=jnp.float32).reshape(1, 256, 1, 1)
+    long = Text(tuple(range(200)))
+    made = planned(long, A)
+    context = hand_over([KV(values, values)], made.main, made.text, made.img)
+    assert context.caches[0].k.shape[1] >= 204
+    assert np.array_equal(context.caches[0].k[0, :204, 0, 0], np.arange(204))

@@ -1,0 +1,195 @@
+"""The published sizes, traced abstractly: shapes and parameter counts, with nothing allocated.
+
+The shapes of all tensors of the published checkpoint and its json files are in `tests/data/official`.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from checkpoints import DATA, official_shapes
+from flax import nnx
+from PIL import Image
+
+from bagel_jax.ar import steps
+from bagel_jax.checkpoint.sizes import read_config
+from bagel_jax.checkpoint.table import AUTOENCODER, MAIN
+from bagel_jax.config import PictureTransform
+from bagel_jax.diffusion.guidance import guidance
+from bagel_jax.diffusion.loop import Canvas, DenoiseState, decode_latents, denoise
+from bagel_jax.diffusion.schedule import schedule
+from bagel_jax.handoff import ContextKV
+from bagel_jax.inputs.pictures import prepare_picture
+from bagel_jax.models.attention import KV
+from bagel_jax.models.weights import abstract_weights, flatten
+
+L, K, E, V = 28, 4, 128, 152064
+INT = jax.ShapeDtypeStruct((), jnp.int32)
+
+
+class Shapes:
+    """Stands in for `CheckpointFiles`: the official shapes, no tensors."""
+
+    directory = DATA / "official"
+
+    shapes = staticmethod(official_shapes)
+
+
+@pytest.fixture(scope="module")
+def config():
+    return read_config(Shapes())
+
+
+@pytest.fixture(scope="module")
+def weights(config):
+    return abstract_weights(config, jnp.bfloat16)
+
+
+def array(*shape, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def cache(length):
+    return KV(*(array(L, length, K, E, dtype=jnp.bfloat16) for _ in range(2)))
+
+
+def shapes(tree):
+    return [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
+
+
+def test_sizes(config):
+    """A size of the published model is read wrong: it does not load, or is cut."""
+    t, v, a = config.trunk, config.vit, config.autoencoder
+    assert (t.num_layers, t.hidden_size, t.num_heads, t.num_kv_heads, t.head_dim) == (L, 3584, 28, K, E)
+    assert (t.mlp_width, t.vocab_size, t.rope_theta, t.norm_eps) == (18944, V, 1e6, 1e-6)
+    assert (v.num_layers, v.hidden_size, v.num_heads, v.mlp_width, v.patch_size) == (26, 1152, 16, 4304, 14)
+    assert (a.base_width, a.widths, a.num_res_blocks, a.latent_channels) == (128, (128, 256, 512, 512), 2, 16)
+    assert (config.latent_patch_size, config.token_pixels, config.latent_dim) == (2, 16, 64)
+    assert (config.max_latent_size, config.max_image_size, config.max_vit_patches) == (64, 1024, 70)
+    assert config.vae_transform == PictureTransform(1024, 512, 16)
+    assert config.vit_transform == PictureTransform(980, 224, 14)
+
+
+def test_number_of_parameters(weights):
+    """Parameters are missing or doubled; or they are stored in float32 and take twice the memory."""
+    params = flatten(weights.params)
+    assert all(isinstance(p, jax.ShapeDtypeStruct) and p.dtype == jnp.bfloat16 for p in params.values())
+    sizes = {name: int(np.prod(p.shape)) for name, p in params.items()}
+
+    def count(*prefixes):
+        return sum(size for name, size in sizes.items() if name.startswith(prefixes))
+
+    billions = {
+        "understanding": count("trunk.layers.und") / 1e9,
+        "generation": count("trunk.layers.gen") / 1e9,
+        "embedding and head": count("trunk.embed", "trunk.lm_head") / 1e9,
+        "vit": count("vit.") / 1e9,
+        "autoencoder": count("autoencoder.") / 1e9,
+        "all but the autoencoder": (sum(sizes.values()) - count("autoencoder.")) / 1e9,
+    }
+    assert billions["understanding"] == pytest.approx(6.53, abs=0.01)
+    assert billions["generation"] == pytest.approx(6.53, abs=0.01)
+    assert billions["embedding and head"] == pytest.approx(1.09, abs=0.005)
+    assert billions["vit"] == pytest.approx(0.41, abs=0.01)
+    assert billions["autoencoder"] == pytest.approx(0.084, abs=0.0005)
+    assert billions["all but the autoencoder"] == pytest.approx(14.6, abs=0.1)
+
+
+@pytest.mark.parametrize(("kind", "prefix"), [(MAIN, ""), (AUTOENCODER, "autoencoder.")])
+def test_every_published_number_has_a_place(weights, kind, prefix):
+    """Tensors of the published checkpoint are left out of the model, or some of its own are in none."""
+    published = sum(int(np.prod(shape)) for shape in official_shapes(kind).values())
+    ours = sum(
+        int(np.prod(p.shape))
+        for name, p in flatten(weights.params).items()
+        if name.startswith("autoencoder.") == (kind == AUTOENCODER)
+    )
+    assert ours == published
+
+
+def test_largest_picture_in_both_encoders(config):
+    """A 1024 x 1024 picture does not fit the position tables."""
+    made = prepare_picture(Image.new("RGB", (1024, 1024)), config)
+    assert made.vae_pixels.shape == (1024, 1024, 3)
+    assert made.vit_patches.shape == (4900, 588)
+
+
+def test_prefill_of_a_text(weights):
+    """The text program does not trace at full size, or its cache changes type."""
+    out = jax.eval_shape(
+        steps.prefill_text, weights.graph, weights.params, cache(128), array(64, dtype=jnp.int32), INT, INT
+    )
+    assert shapes(out) == shapes(cache(128))
+
+
+def test_prefill_of_patches(weights):
+    """The largest picture to be understood does not trace, or its cache changes type."""
+    padded = steps.bucket(4900, 64)
+    args = array(padded, 588), array(padded, dtype=jnp.int32), INT, array(2, dtype=jnp.int32), INT, INT
+    out = jax.eval_shape(steps.prefill_vit, weights.graph, weights.params, cache(10240), *args)
+    assert shapes(out) == shapes(cache(10240))
+
+
+def test_prefill_of_latents(weights):
+    """The largest picture to be edited does not trace, or its cache changes type."""
+    args = array(1024, 1024, 3), array(128, 128, 16), array(4096, dtype=jnp.int32), array(2, dtype=jnp.int32), INT, INT
+    out = jax.eval_shape(steps.prefill_vae, weights.graph, weights.params, cache(10240), *args)
+    assert shapes(out) == shapes(cache(10240))
+
+
+def test_decoding(weights):
+    """The decoding program does not trace at full size."""
+    state = steps.DecodeState(array(1024, dtype=jnp.int32), INT, INT, INT, INT, array(dtype=jnp.bool_))
+    key = jax.eval_shape(lambda: jax.random.key(0, impl="threefry2x32"))
+    sampling = steps.Sampling(key, array(dtype=jnp.bool_), array(), INT)
+    out = jax.eval_shape(steps.decode, weights.graph, weights.params, cache(2048), state, sampling, INT)
+    assert shapes(out) == shapes((state, cache(2048)))
+    logits, _ = jax.eval_shape(
+        lambda p, c: steps.next_logits(weights_model(weights, p), c, *[jnp.int32(0)] * 3), weights.params, cache(2048)
+    )
+    assert (logits.shape, logits.dtype) == ((V,), jnp.float32)
+
+
+def weights_model(weights, params):
+    """The module for parameters that are traced."""
+    return nnx.merge(weights.graph, params)
+
+
+def test_denoising(weights):
+    """An edit at 1024 x 1024 with three branches does not trace, or its latents change type on the way."""
+    context = ContextKV(
+        caches=(cache(10240), cache(64)),
+        length=array(3, dtype=jnp.int32),
+        rope=array(3, dtype=jnp.int32),
+        rows=(0, 0, 1),
+        text_row=1,
+        img_row=2,
+    )
+    canvas = Canvas(array(4096, dtype=jnp.int32), array(2, dtype=jnp.int32))
+    state = DenoiseState(array(4096, 64), INT)
+    out = jax.eval_shape(
+        denoise,
+        weights.graph,
+        weights.params,
+        state,
+        INT,
+        schedule(50, 3.0, (0.4, 1.0)),
+        canvas,
+        context,
+        guidance(4.0, 2.0, "text_channel", 0.0),
+    )
+    assert shapes(out) == shapes(state)
+
+
+def test_pixels(weights):
+    """The decoder does not trace at 1024 x 1024, or hands out pixels in bfloat16."""
+    out = jax.eval_shape(
+        lambda params, tokens: decode_latents(weights.graph, params, tokens, (64, 64)), weights.params, array(4096, 64)
+    )
+    assert (out.shape, out.dtype) == ((1024, 1024, 3), jnp.float32)
+    wide = jax.eval_shape(
+        lambda params, tokens: decode_latents(weights.graph, params, tokens, (36, 64)), weights.params, array(2304, 64)
+    )
+    assert wide.shape == (576, 1024, 3)

@@ -1,0 +1,112 @@
+"""A BAGEL of toy sizes with random weights: edits take milliseconds, since its pictures are 32 pixels wide."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from PIL import Image
+
+from bagel_jax.ar.stage import ContextStage
+from bagel_jax.config import AutoencoderConfig, BagelConfig, TrunkConfig, VitConfig
+from bagel_jax.engine import Bagel
+from bagel_jax.models.weights import Weights, abstract_weights
+
+TOKENIZER = Path(__file__).parent / "data" / "tiny-bagel"
+
+CONFIG = BagelConfig(
+    trunk=TrunkConfig(
+        vocab_size=768,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        mlp_width=48,
+        rope_theta=1e4,
+        norm_eps=1e-6,
+        activation="silu",
+    ),
+    vit=VitConfig(
+        hidden_size=24,
+        num_layers=2,
+        num_heads=2,
+        mlp_width=32,
+        patch_size=14,
+        num_positions=16,
+        channels=3,
+        norm_eps=1e-6,
+        activation="gelu_pytorch_tanh",
+    ),
+    autoencoder=AutoencoderConfig(
+        image_channels=3,
+        base_width=32,
+        widths=(32, 32),
+        num_res_blocks=1,
+        latent_channels=4,
+        scale_factor=0.3611,
+        shift_factor=0.1159,
+    ),
+    latent_patch_size=2,
+    max_latent_size=8,
+    max_vit_patches=4,
+    connector_activation="gelu_pytorch_tanh",
+    time_frequencies=16,
+    interpolate_positions=False,
+)
+
+
+def drawn(params: nnx.State) -> nnx.State:
+    """Random values for abstract parameters, the same in every run; faster than the modules' initialisers."""
+    generator = np.random.RandomState(0)
+
+    def draw(name, shape):
+        values = generator.standard_normal(shape).astype(np.float32)
+        if name == "scale":
+            return jnp.asarray(1 + 0.1 * values)
+        return jnp.asarray(values / (np.sqrt(np.prod(shape[-4:-1])) if name == "kernel" else 2))
+
+    flat = sorted(nnx.to_flat_state(params), key=lambda item: tuple(map(str, item[0])))
+    return nnx.from_flat_state((path, variable.replace(draw(path[-1], variable.shape))) for path, variable in flat)
+
+
+@functools.cache
+def weights() -> Weights:
+    """The model's weights."""
+    abstract = abstract_weights(CONFIG, jnp.float32)
+    return Weights(abstract.graph, drawn(abstract.params))
+
+
+@dataclasses.dataclass
+class _Source:
+    directory: Path = TOKENIZER
+    config: BagelConfig = CONFIG
+
+    def load(self, dtype, progress=None) -> Weights:
+        return weights()
+
+
+def new_model() -> Bagel:
+    """An engine that has served nobody yet."""
+    return Bagel(_Source(), "float32")
+
+
+@functools.cache
+def model() -> Bagel:
+    """An engine that all tests share."""
+    return new_model()
+
+
+def stage() -> ContextStage:
+    """Stage 0 of the small model."""
+    return ContextStage(weights(), CONFIG, jnp.float32, model().tokenizer)
+
+
+def picture(seed: int = 0, width: int = 40, height: int = 40) -> Image.Image:
+    """A picture of random pixels."""
+    pixels = np.random.RandomState(seed).randint(0, 256, (height, width, 3))
+    return Image.fromarray(pixels.astype(np.uint8))

@@ -1,0 +1,147 @@
+"""What must not compile anything: on the real model each new program costs minutes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import jax
+import numpy as np
+import pytest
+from commands import small_copy
+
+from bagel_jax.engine import Bagel
+
+_EVENT = "/jax/core/compile/backend_compile_duration"
+
+
+@contextmanager
+def compilations() -> Iterator[list[str]]:
+    """The names of the programs compiled inside, whether or not the persistent cache had them."""
+    compiled: list[str] = []
+
+    def listen(event: str, _: float, **about) -> None:
+        if event == _EVENT:
+            compiled.append(str(about.get("fun_name")))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def compiled_by(model: Bagel, changes: list[dict], *args, **settings) -> dict[str, list[str]]:
+    """The programs that each change compiles after the request has been answered once as it stands."""
+    model.generate(*args, **settings)
+    counts = {}
+    for change in changes:
+        with compilations() as compiled:
+            model.generate(*args, **(settings | change))
+        if compiled:
+            counts[str(change)] = compiled
+    return counts
+
+
+DENOISING = [
+    {"steps": 5},
+    {"cfg_text_scale": 2.5},
+    {"cfg_text_scale": 1.0},  # off
+    {"cfg_img_scale": 3.0},
+    {"cfg_img_scale": 1.0},  # off
+    {"timestep_shift": 1.0},
+    {"cfg_interval": (0.0, 0.5)},
+    {"cfg_renorm_type": "global"},
+    {"cfg_renorm_type": "channel"},
+    {"cfg_renorm_type": "text_channel"},
+    {"cfg_renorm_min": 0.5},
+    {"seed": 5},
+]
+DECODING = [
+    {"seed": 5},
+    {"do_sample": True},
+    {"do_sample": True, "seed": 7, "text_temperature": 0.9},
+    {"max_tokens": 24},
+    {"max_tokens": 9},
+    {"progress": lambda *_: None},
+]
+# Sizes that no other test uses.
+THINKING = {"height": 64, "width": 176, "steps": 4, "think": True, "max_think_tokens": 150}
+# Two that are padded to 16 tokens, and one that is not.
+PROMPT, AS_LONG, LONGER = "a red bench below a blue clock", "two zebras", "one two three four five six seven eight"
+
+
+@pytest.fixture(scope="module")
+def small(tiny) -> Bagel:
+    """The small checkpoint with input pictures resized to 64 pixels instead of 512."""
+    return small_copy(tiny)
+
+
+@pytest.fixture(scope="module")
+def picture(cases_dir):
+    return cases_dir / "img2img_in0.png"
+
+
+def test_text2img_settings_compile_nothing(tiny):
+    """A slider moved in the app would cost a compilation."""
+    size = {"height": 96, "width": 160, "steps": 3}
+    lengths = [len(tiny.tokenizer.prompt(prompt)) for prompt in (AS_LONG, PROMPT, LONGER)]
+    assert lengths[0] < lengths[1] <= 16 < lengths[2]
+    assert compiled_by(tiny, DENOISING, "text2img", PROMPT, **size) == {}
+    with compilations() as compiled:
+        tiny.generate("text2img", AS_LONG, **size)
+    assert compiled == []
+    with compilations() as compiled:  # or else nothing has been counted above
+        tiny.generate("text2img", PROMPT, **(size | {"width": 208}))
+    assert "denoise" in " ".join(compiled)
+
+
+def test_each_program_compiles_once(tiny):
+    """The second step, and the ninth token, would wait for the same program to be compiled a second time."""
+    with compilations() as compiled:
+        tiny.generate("text2img", PROMPT, **THINKING, progress=lambda *_: None)
+    assert [compiled.count(name) for name in ("jit(decode)", "jit(denoise)", "jit(decode_latents)")] == [1, 1, 1]
+    with compilations() as compiled:
+        tiny.generate("text2img", PROMPT, **THINKING)
+    assert compiled == []
+
+
+def test_think_settings_compile_nothing(tiny):
+    """The same for pictures that are planned in words first."""
+    changes = [{"steps": 3}, {"seed": 3}, {"cfg_text_scale": 1.0}, {"max_think_tokens": 149}]
+    assert compiled_by(tiny, changes, "text2img", PROMPT, **THINKING) == {}
+
+
+def test_img2img_settings_compile_nothing(small, picture):
+    """The same for edits, whose guidance has a context more."""
+    assert compiled_by(small, DENOISING, "img2img", PROMPT, picture, steps=2) == {}
+    with compilations() as compiled:
+        small.generate("img2img", AS_LONG, picture, steps=2)
+    assert compiled == []
+    with compilations() as compiled:  # or else nothing has been counted above
+        small.generate("img2img", LONGER, picture, steps=2)
+    assert "prefill_text" in " ".join(compiled)
+
+
+@pytest.mark.parametrize("modality", ["text2text", "img2text"])
+def test_answers_compile_nothing(small, picture, modality):
+    """A conversation would stop for a compilation at every question."""
+    image = [picture] if modality == "img2text" else []
+    assert compiled_by(small, DECODING, modality, PROMPT, *image, max_tokens=16) == {}
+    with compilations() as compiled:
+        small.generate(modality, AS_LONG, *image, max_tokens=16)
+    assert compiled == []
+    with compilations() as compiled:  # or else nothing has been counted above
+        small.generate(modality, PROMPT, *image, max_tokens=333)
+    assert "decode" in " ".join(compiled)
+
+
+def test_second_model_compiles_nothing(tiny, tiny_dir):
+    """A model opened again, as the command line does in a test or a server on reload, would compile everything."""
+    ask = "text2img", PROMPT
+    first = tiny.generate(*ask, height=96, width=160, steps=3)
+    again = Bagel.load(tiny_dir, dtype="float32")
+    with compilations() as compiled:
+        second = again.generate(*ask, height=96, width=160, steps=3)
+    assert compiled == []
+    assert np.array_equal(first.latents, second.latents)

@@ -1,0 +1,295 @@
+"""What a person may ask for, and what is said to them when it cannot be done."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from bagel_jax.errors import InputError
+from bagel_jax.request import (
+    APPLICABLE,
+    DEFAULTS,
+    MAX_SEED,
+    MAX_STEPS,
+    MODALITIES,
+    RENORM_TYPES,
+    Request,
+    Settings,
+    defaults_table,
+    open_picture,
+)
+
+GOOD = {
+    "height": (None, 1, 1024, np.int64(16)),
+    "width": (None, 1, 1024),
+    "steps": (2, 1000, np.int32(50)),
+    "timestep_shift": (1e-6, 1, 10.0, np.float32(3)),
+    "cfg_text_scale": (0, 1.0, 1e4, np.float64(2)),
+    "cfg_img_scale": (0, 1.0, 1e4),
+    "cfg_interval": ((0, 1), [0.4, 1.0], (0.5, 0.5), (0, 0), (1, 1)),
+    "cfg_renorm_type": ("global", "channel", "text_channel"),
+    "cfg_renorm_min": (0, 0.5, 1),
+    "max_think_tokens": (2, 10**6),
+    "max_tokens": (2, 10**6),
+    "do_sample": (True, False),
+    "text_temperature": (1e-6, 1, 100.0),
+}
+
+# Value, and what the message must say beside the name and the value.
+BAD = {
+    "height": [(0, "at least 1"), (-16, "at least 1"), (1.5, "whole number"), (True, "whole number"), ("16", "whole")],
+    "width": [(0, "at least 1"), (math.nan, "whole number"), (16.0, "whole number")],
+    "steps": [(1, "from 2 to 1000"), (0, "from 2"), (1001, "from 2 to 1000"), (10.0, "whole number"), (None, "whole")],
+    "timestep_shift": [(0, "above 0"), (-1, "above 0"), (math.inf, "above 0"), (math.nan, "number"), ("3", "number")],
+    "cfg_text_scale": [(-0.1, "at least 0"), (math.nan, "number"), (math.inf, "number"), (True, "number")],
+    "cfg_img_scale": [(-0.1, "at least 0"), (math.nan, "number"), ([2], "number")],
+    "cfg_renorm_min": [(-0.01, "from 0 to 1"), (1.01, "from 0 to 1"), (math.nan, "number")],
+    "cfg_renorm_type": [("local", "global, channel, text_channel"), ("Global", "one of"), (None, "one of")],
+    "max_think_tokens": [(1, "at least 2"), (2.5, "whole number")],
+    "max_tokens": [(1, "at least 2"), (0, "at least 2"), (False, "whole number")],
+    "text_temperature": [(0, "above 0"), (-1, "above 0"), (math.inf, "number")],
+    "do_sample": [(1, "true or false"), ("yes", "true or false"), (None, "true or false")],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in GOOD.items() for value in values])
+def test_values_that_are_allowed(name, value):
+    """A setting at the edge of what is allowed is refused."""
+    kept = getattr(Settings(**{name: value}), name)
+    assert kept == (tuple(value) if name == "cfg_interval" else value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "right"), [(name, value, right) for name, rows in BAD.items() for value, right in rows]
+)
+def test_values_that_are_not(name, value, right):
+    """Nonsense is computed with for minutes; or the message does not say what was wrong and what is right."""
+    with pytest.raises(InputError) as error:
+        Settings(**{name: value})
+    message = str(error.value)
+    assert message.startswith(f"{name} is {value!r}; it must be ")
+    assert right in message
+
+
+@pytest.mark.parametrize(
+    ("value", "right"),
+    [
+        ((0.5,), "two numbers, LO and HI"),
+        ((0, 0.5, 1), "two numbers, LO and HI"),
+        ((0.6, 0.5), "LO must not be above HI"),
+        ((-0.1, 0.5), "from 0 to 1"),
+        ((0.5, 1.1), "from 0 to 1"),
+        ((math.nan, 1), "from 0 to 1"),
+        (("0", "1"), "from 0 to 1"),
+    ],
+)
+def test_intervals_that_are_not(value, right):
+    """A guidance interval that holds nothing switches guidance off in silence."""
+    with pytest.raises(InputError) as error:
+        Settings(cfg_interval=value)
+    assert str(error.value).startswith("cfg_interval is ")
+    assert right in str(error.value)
+
+
+def test_every_setting_is_checked_here():
+    """A new setting is not validated at all."""
+    names = {f.name for f in dataclasses.fields(Settings)}
+    assert set(GOOD) == names
+    assert set(BAD) | {"cfg_interval"} == names
+
+
+def test_regression_11_one_step_is_refused():
+    """One schedule point divides by zero, after the weights have been loaded."""
+    with pytest.raises(InputError, match=r"steps is 1; it must be a whole number, from 2 to 1000"):
+        Request.create("text2img", "a", steps=1)
+    assert MAX_STEPS == 1000
+
+
+def test_regression_14_renorm_types_are_those_of_the_sampler():
+    """A renorm type is offered that the sampler rejects."""
+    assert RENORM_TYPES == ("global", "channel", "text_channel")
+    with pytest.raises(InputError, match="cfg_renorm_type is 'local'"):
+        Request.create("text2img", "a", cfg_renorm_type="local")
+
+
+def test_regression_15_defaults_are_the_official_apps():
+    """Defaults drift: the same prompt makes another picture here than in the official app."""
+    app = {"steps": 50, "timestep_shift": 3.0, "cfg_text_scale": 4.0, "cfg_renorm_min": 0.0, "do_sample": False}
+    app |= {"text_temperature": 0.3, "max_think_tokens": 1024, "max_tokens": 512, "height": None, "width": None}
+    own = {
+        "text2img": {"cfg_img_scale": 1.5, "cfg_interval": (0.4, 1.0), "cfg_renorm_type": "global"},
+        "img2img": {"cfg_img_scale": 2.0, "cfg_interval": (0.0, 1.0), "cfg_renorm_type": "text_channel"},
+    }
+    assert set(DEFAULTS) == set(MODALITIES) == set(APPLICABLE)
+    for modality, settings in DEFAULTS.items():
+        wanted = app | own.get(modality, own["text2img"])
+        assert dataclasses.asdict(settings) == wanted
+        inputs = [Image.new("RGB", (4, 4)), "a"] if modality.startswith("img") else ["a"]
+        assert Request.create(modality, inputs=inputs).settings == settings
+
+
+def test_regression_15_the_printed_table_is_the_one_in_use():
+    """--help states defaults that are not used."""
+    rows = {line.split()[0]: line.split()[1:] for line in defaults_table().splitlines()[1:]}
+    assert defaults_table().split("\n")[0].split() == list(MODALITIES)
+    assert rows["--steps"] == ["50", "50", "-", "-"]
+    assert rows["--cfg-img-scale"] == ["1.5", "2.0", "-", "-"]
+    assert rows["--cfg-interval"] == ["0.4", "1.0", "0.0", "1.0", "-", "-"]
+    assert rows["--cfg-renorm-type"] == ["global", "text_channel", "-", "-"]
+    assert rows["--height"] == ["1024", "-", "-", "-"]
+    assert rows["--max-tokens"] == ["-", "-", "512", "512"]
+    assert rows["--do-sample"] == ["false"] * 4
+    assert len(rows) == len(dataclasses.fields(Settings))
+
+
+def test_requests_are_frozen():
+    """A setting changed after validation is used unvalidated."""
+    request = Request.create("text2img", "a")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        request.seed = 1
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        request.settings.steps = 0
+    assert isinstance(Request.create("text2img", "a", cfg_interval=[0.0, 1.0]).settings.cfg_interval, tuple)
+
+
+def test_regression_36_unknown_options_are_refused():
+    """A misspelt option is dropped in silence."""
+    with pytest.raises(InputError, match="there is no setting step; there are height, width, steps"):
+        Request.create("text2img", "a", step=5)
+
+
+def test_settings_without_effect_are_named():
+    """A setting that does nothing for this modality is dropped in silence."""
+    image = Image.new("RGB", (4, 4))
+    assert Request.create("text2img", "a", max_tokens=5).notes == ("max_tokens has no effect on text2img",)
+    assert Request.create("img2text", "a", image, steps=5, height=16).notes == (
+        "steps has no effect on img2text",
+        "height has no effect on img2text",
+    )
+    assert Request.create("text2img", "a", steps=5, seed=1, negative_prompt="b", width=None).notes == ()
+    assert Request.create("text2img", "a", max_tokens=None).notes == ()
+
+
+@pytest.mark.parametrize("seed", [0, 1, MAX_SEED, np.uint32(5)])
+def test_seeds(seed):
+    """A seed at the edge of what is allowed is refused."""
+    assert MAX_SEED == 2**32 - 1
+    assert Request.create("text2img", "a", seed=seed).seed == seed
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 1.0, "1", None, True])
+def test_seeds_that_are_not(seed):
+    """A seed is wrapped around or truncated: two seeds make one picture."""
+    with pytest.raises(InputError) as error:
+        Request.create("text2img", "a", seed=seed)
+    assert str(error.value) == f"seed is {seed!r}; it must be a whole number, from 0 to 4294967295"
+
+
+def test_modalities():
+    """A modality that does not exist is taken for another one."""
+    with pytest.raises(InputError, match="modality is 'video'; it must be one of text2img, img2img, img2text, text2te"):
+        Request.create("video", "a")
+    with pytest.raises(InputError, match="modality is 'text2image'"):
+        Request("text2image", ("a",), Settings())
+
+
+def test_regression_35_img2img_needs_its_picture():
+    """img2img quietly becomes text2img when the picture does not arrive."""
+    for modality in ("img2img", "img2text"):
+        with pytest.raises(InputError, match=f"{modality} was given no picture; it needs one"):
+            Request.create(modality, "a")
+        with pytest.raises(InputError, match="was given no picture"):
+            Request.create(modality, inputs=["a", "b"])
+
+
+def test_regression_35_text_modalities_take_no_picture():
+    """A picture given to text2img is ignored in silence."""
+    image = Image.new("RGB", (4, 4))
+    with pytest.raises(InputError, match=r"text2img was given a picture; it takes text only \(img2img takes"):
+        Request.create("text2img", "a", image)
+    with pytest.raises(InputError, match=r"text2text was given a picture; it takes text only \(img2text takes"):
+        Request.create("text2text", inputs=[image, "a"])
+
+
+def test_prompt_is_needed():
+    """Nothing was asked for, and something is made all the same."""
+    for modality, images in (("text2img", None), ("img2img", Image.new("RGB", (4, 4)))):
+        with pytest.raises(InputError, match=f"{modality} was given no prompt; it needs one"):
+            Request.create(modality, image=images)
+    assert Request.create("text2img", "").inputs == ("",)
+
+
+def test_inputs_of_another_type():
+    """A path among `inputs` is taken for a prompt, or bytes end in a stack trace deep inside."""
+    with pytest.raises(InputError, match="an input is a bytes; each must be a string or a PIL picture"):
+        Request.create("text2img", inputs=["a", b"b"])
+    with pytest.raises(InputError, match="inputs was given beside prompt or image"):
+        Request.create("text2img", "a", inputs=["a"])
+
+
+def test_regression_23_order_of_inputs():
+    """The order in which pictures and texts were given is lost."""
+    first, second = Image.new("RGB", (4, 4)), Image.new("RGB", (5, 5))
+    request = Request.create("img2img", inputs=["a", first, "b", second, "c"])
+    assert request.inputs == ("a", first, "b", second, "c")
+    assert request.prompt == "a\nb\nc"
+    assert Request.create("img2img", "a", [first, second]).inputs == (first, second, "a")
+    assert Request.create("img2img", "a", first).inputs == (first, "a")
+
+
+def test_pictures_from_files(tmp_path):
+    """A picture given as a path is not read, or only when its file is gone."""
+    Image.new("RGB", (3, 2), (9, 8, 7)).save(tmp_path / "a.png")
+    for path in (tmp_path / "a.png", str(tmp_path / "a.png")):
+        request = Request.create("img2text", "a", path)
+        assert (request.inputs[0].size, request.inputs[0].getpixel((0, 0))) == ((3, 2), (9, 8, 7))
+    (tmp_path / "a.png").unlink()
+    assert request.inputs[0].getpixel((2, 1)) == (9, 8, 7)
+
+
+def test_pictures_that_cannot_be_read(tmp_path):
+    """A wrong path or a truncated download ends in a stack trace."""
+    with pytest.raises(InputError, match=r"none\.png does not exist; give the path of a picture file"):
+        open_picture(tmp_path / "none.png")
+    (tmp_path / "text.png").write_text("hello")
+    with pytest.raises(InputError, match=r"text\.png cannot be read as a picture"):
+        open_picture(tmp_path / "text.png")
+    Image.effect_noise((64, 64), 50).save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:1000])
+    with pytest.raises(InputError, match=r"cut\.png cannot be read as a picture"):
+        open_picture(tmp_path / "cut.png")
+    with pytest.raises(InputError, match="cannot be read as a picture"):
+        open_picture(tmp_path)
+
+
+def test_a_picture_too_large(tmp_path, monkeypatch):
+    """A small file that unpacks to gigabytes takes the machine down."""
+    Image.new("1", (300, 300)).save(tmp_path / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(InputError, match=r"bomb\.png is too large"):
+        open_picture(tmp_path / "bomb.png")
+
+
+def test_request_ids():
+    """Two requests share an id, and one gets the other's result."""
+    ids = {Request.create("text2img", "a").request_id for _ in range(20)}
+    assert len(ids) == 20
+    assert "" not in ids
+    assert Request.create("text2img", "a", request_id="mine").request_id == "mine"
+
+
+def test_applicable_settings():
+    """The record of a request lists settings that had no effect on it."""
+    plain = Request.create("text2img", "a", steps=7)
+    assert plain.applicable_settings()["steps"] == 7
+    assert "max_think_tokens" not in plain.applicable_settings()
+    assert "max_think_tokens" in Request.create("text2img", "a", think=True).applicable_settings()
+    assert set(Request.create("text2text", "a").applicable_settings()) == {
+        "max_tokens",
+        "do_sample",
+        "text_temperature",
+    }
