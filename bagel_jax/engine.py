@@ -144,9 +144,9 @@ class Bagel:
         if request.makes_picture:
             if request.think:
                 with clock.phase("prefill"):
-                    plan_text = Placed(Text(self.tokenizer.prompt(result.text)), main.length, main.rope)
-                    caches[0] = jax.block_until_ready(stage.extend(caches[0], plan_text, prepared))
-                main = View(0, plan_text.kv_end, main.rope + plan_text.segment.rope_advance)
+                    thought = Placed(Text(self.tokenizer.prompt(result.text)), main.length, main.rope)
+                    caches[0] = jax.block_until_ready(stage.extend(caches[0], thought, prepared))
+                main = View(0, thought.kv_end, main.rope + thought.segment.rope_advance)
             context = hand_over(caches, main, plan.text, plan.img)
             with clock.phase("denoise"):
                 latents = self._denoise(prepared, context, progress)
@@ -212,16 +212,20 @@ _COMPILE_EVENTS = (
     "/jax/core/compile/jaxpr_to_mlir_module_duration",
     "/jax/core/compile/backend_compile_duration",
 )
-_compile_seconds = 0.0
+# Start and end of each stretch of compiling in this process, by time.perf_counter().
+_compiling: list[tuple[float, float]] = []
 
 
-def _count_compiling(event: str, seconds: float, **_: Any) -> None:
-    global _compile_seconds
+def _note_compiling(event: str, seconds: float, **_: Any) -> None:
     if event in _COMPILE_EVENTS:
-        _compile_seconds += seconds
+        end = time.perf_counter()
+        # Tracing a function traces those it calls; theirs were noted first and lie within.
+        while _compiling and _compiling[-1][0] >= end - seconds:
+            _compiling.pop()
+        _compiling.append((end - seconds, end))
 
 
-jax.monitoring.register_event_duration_secs_listener(_count_compiling)
+jax.monitoring.register_event_duration_secs_listener(_note_compiling)
 
 
 class _Clock:
@@ -233,9 +237,8 @@ class _Clock:
     @contextmanager
     def phase(self, name: str):
         """Times the work inside, which must have finished on the device when it ends."""
-        started, compiled = time.perf_counter(), _compile_seconds
+        started = time.perf_counter()
         yield
-        compiling = _compile_seconds - compiled
-        spent = time.perf_counter() - started - compiling
+        compiling = sum(end - start for start, end in _compiling if start >= started)
         self.seconds["compile"] += compiling
-        self.seconds[name] = self.seconds.get(name, 0.0) + max(0.0, spent)
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started - compiling

@@ -128,7 +128,7 @@ class Request:
         negative_prompt: text for the guidance context that otherwise holds no last prompt.
         init_noise: noise to use instead of the seed's: `vae_0`, `vae_1`, … `[1, C, h, w]`, one an input picture of
             an edit, and `latent` `[N, C p²]`.
-        request_id: names the request in results.
+        request_id: names the request in results; made up if empty.
         notes: sentences for the person who asked, about what was understood from the request.
 
     Raises:
@@ -142,10 +142,11 @@ class Request:
     think: bool = False
     negative_prompt: str | None = None
     init_noise: Mapping[str, np.ndarray] | None = None
-    request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    request_id: str = ""
     notes: tuple[str, ...] = ()
 
     def __post_init__(self):
+        object.__setattr__(self, "request_id", self.request_id or uuid.uuid4().hex)
         check_choice("modality", self.modality, MODALITIES)
         check_whole("seed", self.seed, 0, MAX_SEED)
         for item in self.inputs:
@@ -208,16 +209,15 @@ class Request:
             if name not in known:
                 raise InputError(f"there is no setting {name}; there are {', '.join(known)}")
         idle = [name for name in given if name not in APPLICABLE[modality]]
-        sizes = [name for name in idle if modality == "img2img" and name in ("height", "width")]
-        notes = [f"{name} has no effect on {modality}" for name in idle if name not in sizes]
+        if modality == "img2img":  # said of a size once the size of the edit is known
+            idle = [name for name in idle if name not in ("height", "width")]
+        notes = [f"{name} has no effect on {modality}" for name in idle]
         if "max_think_tokens" in given and "max_think_tokens" not in idle and not think:
             notes.append("max_think_tokens has no effect without think")
         if "text_temperature" in given and not given.get("do_sample"):
             notes.append("text_temperature has no effect without do_sample")
         if init_noise is not None and not modality.endswith("img"):
             notes.append(f"init_noise has no effect on {modality}")
-        if sizes:
-            notes.append(f"{' and '.join(sizes)} not used: an edit keeps the (resized) input picture's size")
         if negative_prompt and not modality.endswith("img"):
             notes.append(f"negative_prompt has no effect on {modality}")
         return cls(
@@ -228,7 +228,7 @@ class Request:
             think=think,
             negative_prompt=negative_prompt,
             init_noise=init_noise,
-            request_id=uuid.uuid4().hex if request_id is None else request_id,
+            request_id=request_id or "",
             notes=tuple(notes),
         )
 
@@ -269,8 +269,7 @@ class Request:
 
 @dataclass
 class Result:
-    """What came of a request. Exactly one of `error` and an output (`text`, `image`) is there, but for think mode,
-    where a picture comes with the text of the plan."""
+    """What came of a request: a text, or a picture; in think mode a picture and the text of the plan."""
 
     request_id: str
     modality: str
@@ -279,7 +278,6 @@ class Result:
     latents: np.ndarray | None = None  # [N, C p²] float32, after the last step
     seconds: dict[str, float] = field(default_factory=dict)  # by phase
     notes: tuple[str, ...] = ()
-    error: str | None = None
 
 
 def _is_unicode(text: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
@@ -17,10 +18,10 @@ from PIL import Image
 from tqdm import tqdm
 
 from bagel_jax.errors import InputError
-from bagel_jax.request import MODALITIES, RENORM_TYPES, Request, Result, defaults_table, open_picture
+from bagel_jax.request import MODALITIES, RENORM_TYPES, Request, Result, Settings, defaults_table, open_picture
 
 # Exit codes.
-_DONE, _FAILED, _BAD_INPUT = 0, 1, 2
+_DONE, _FAILED, _BAD_INPUT, _INTERRUPTED = 0, 1, 2, 130
 
 
 class _Parser(argparse.ArgumentParser):
@@ -63,7 +64,9 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--think", action="store_true", help="let the model plan in words first")
     g.add_argument("--max-think-tokens", type=int, metavar="N", help="limit of the plan before a picture")
     g.add_argument("--max-tokens", type=int, metavar="N", help="limit of an answer, its thinking included")
-    g.add_argument("--do-sample", action="store_true", help="sample, instead of the likeliest token each time")
+    g.add_argument(
+        "--do-sample", action="store_true", default=None, help="sample, instead of the likeliest token each time"
+    )
     g.add_argument("--text-temperature", type=float, metavar="X", help="of sampling")
 
     g = p.add_argument_group("run")
@@ -81,6 +84,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return _BAD_INPUT
+    except KeyboardInterrupt:
+        print("\ninterrupted; what was finished is in the output folder", file=sys.stderr)
+        return _INTERRUPTED
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -93,21 +99,21 @@ def _run(args: argparse.Namespace) -> int:
     from bagel_jax.engine import Bagel  # late: brings jax, and bad arguments are found without it
 
     model = Bagel.open(args.model, args.dtype)
-    prepared: list[Any] = []
-    for request in requests:
+    for i, request in enumerate(requests):
         try:
-            prepared.append(request if isinstance(request, InputError) else model.prepare(request))
+            if isinstance(request, Request):
+                model.prepare(request)  # only to find what is wrong; pixels of a thousand requests would fill memory
         except InputError as error:
-            prepared.append(error)
-    if all(isinstance(item, InputError) for item in prepared):
-        return _report_all_bad(prepared)
+            requests[i] = error
+    if all(isinstance(request, InputError) for request in requests):
+        return _report_all_bad(requests)
 
     code = _DONE
     bars = _Bars(quiet=args.quiet)
     model.load_weights(bars)
     output.mkdir(parents=True, exist_ok=True)
     with (output / "results.jsonl").open("w", encoding="utf-8") as results:
-        for i, item in enumerate(prepared):
+        for i, request in enumerate(requests):
             name = f"output_{i}"
             record: dict[str, Any] = {
                 "id": name,
@@ -115,15 +121,15 @@ def _run(args: argparse.Namespace) -> int:
                 "prompt": prompts[i],
                 "seed": args.seed + i,
             }
-            if isinstance(item, InputError):
-                print(f"error: request {i}: {item}", file=sys.stderr)
-                record["error"], code = str(item), _BAD_INPUT
+            if isinstance(request, InputError):
+                print(f"error: request {i}: {request}", file=sys.stderr)
+                record["error"], code = str(request), _BAD_INPUT
             else:
-                for note in () if args.quiet else item.notes:
-                    print(f"note: request {i}: {note}", file=sys.stderr)
                 try:
-                    result = model.run(item, bars)
-                    record |= _save(result, item, output, name, latents=args.save_latents)
+                    prepared = model.prepare(request)
+                    for note in () if args.quiet else prepared.notes:
+                        print(f"note: request {i}: {note}", file=sys.stderr)
+                    record |= _save(model.run(prepared, bars), request, output, name, latents=args.save_latents)
                 # Whatever happens to one request, the others go on and what is finished is kept.
                 except Exception as error:
                     bars.close()
@@ -147,9 +153,8 @@ def _print_answer(text: str) -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (stays open until the process ends)
 
 
-def _save(result: Result, prepared, output: Path, name: str, *, latents: bool) -> dict[str, Any]:
+def _save(result: Result, request: Request, output: Path, name: str, *, latents: bool) -> dict[str, Any]:
     """Writes what came out, and returns the result's line of results.jsonl."""
-    request: Request = prepared.request
     record: dict[str, Any] = {"text": result.text, "image": None, "size": None}
     if result.image is not None:
         record["image"] = f"{name}.png"
@@ -180,23 +185,7 @@ def _requests(args: argparse.Namespace, prompts: list[str]) -> list[Request | In
             opened.setdefault(path, open_picture(path))
         except InputError as error:
             opened[path] = error
-    settings = {
-        name: getattr(args, name)
-        for name in (
-            "height",
-            "width",
-            "steps",
-            "cfg_text_scale",
-            "cfg_img_scale",
-            "cfg_interval",
-            "cfg_renorm_type",
-            "cfg_renorm_min",
-            "timestep_shift",
-            "max_think_tokens",
-            "max_tokens",
-            "text_temperature",
-        )
-    }
+    settings = {field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)}
     requests: list[Request | InputError] = []
     for i, prompt in enumerate(prompts):
         picture = opened[paths[i if len(paths) > 1 else 0]] if paths else None
@@ -214,7 +203,6 @@ def _requests(args: argparse.Namespace, prompts: list[str]) -> list[Request | In
                 negative_prompt=args.negative_prompt,
                 init_noise=noise,
                 request_id=f"output_{i}",
-                do_sample=args.do_sample or None,
                 **settings,
             )
         )

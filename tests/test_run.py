@@ -48,9 +48,9 @@ def picture(cases_dir):
 
 @pytest.fixture
 def asked(monkeypatch) -> list[Request]:
-    """The requests that reach a model."""
-    requests, prepare = [], Bagel.prepare
-    monkeypatch.setattr(Bagel, "prepare", lambda self, r: (requests.append(r), prepare(self, r))[1])
+    """The requests that a model runs."""
+    requests, run = [], Bagel.run
+    monkeypatch.setattr(Bagel, "run", lambda self, p, bars: (requests.append(p.request), run(self, p, bars))[1])
     return requests
 
 

@@ -75,7 +75,7 @@ def prepare(request: Request, config: BagelConfig, tokenizer: Tokenizer) -> Prep
     notes = request.notes
     if size is None:
         size = pictures[-1].size
-        notes = _edit_notes(request, size)
+        notes += _size_note(request, size)
     rows, columns = grid = _latent_grid(size, config)
     posterior, latent = _noise(request, pictures, rows * columns, config)
     return Prepared(request, plan(wanted), tuple(pictures), posterior, size, grid, latent, notes)
@@ -95,9 +95,13 @@ def _latent_grid(size: tuple[int, int], config: BagelConfig) -> tuple[int, int]:
     return size[0] // config.token_pixels, size[1] // config.token_pixels
 
 
-def _edit_notes(request: Request, size: tuple[int, int]) -> tuple[str, ...]:
-    """The request's notes, with the size that an edit gets where one was asked for."""
-    return tuple(f"{n}: {size[1]}x{size[0]} (width x height)" if "size" in n else n for n in request.notes)
+def _size_note(request: Request, size: tuple[int, int]) -> tuple[str, ...]:
+    """What size an edit gets, and why, where another was asked for."""
+    asked = [name for name in ("height", "width") if getattr(request.settings, name) is not None]
+    if not asked:
+        return ()
+    why = f"{' and '.join(asked)} not used: an edit keeps the (resized) input picture's size"
+    return (f"{why}: {size[1]}x{size[0]} (width x height)",)
 
 
 def _noise(request, pictures, num_tokens, config):
