@@ -19,7 +19,7 @@ def test_float32_on_a_cpu():
 
 def test_unknown_dtype():
     """A misspelt dtype would be a KeyError."""
-    with pytest.raises(InputError, match="float16.*auto, float32, bfloat16"):
+    with pytest.raises(InputError, match=r"float16.*auto, float32, bfloat16"):
         engine.resolve_dtype("float16")
 
 
