@@ -61,7 +61,8 @@ class _Json:
         self.data, self.path = data, path
 
     def get(self, name: str, kind: type, default=None, *, signed: bool = False):
-        value = self.data.get(name, default)
+        value = self.data.get(name)
+        value = default if value is None else value  # null is how Hugging Face's configs say "the default"
         if value is None:
             raise InputError(f"{self.path} has no {name}; it must be given")
         good = isinstance(value, kind)

@@ -1,8 +1,8 @@
 """Converted checkpoints: Orbax arrays, with all that a model needs besides.
 
-A converted checkpoint is a directory with `bagel_jax.json` (format, sizes, the dtype of every parameter), one Orbax
-checkpoint a component in `weights/`, and the tokenizer and json files of its source. It is written beside its
-place and renamed when whole, so an interrupted conversion leaves nothing that loads.
+A converted checkpoint is a directory with `bagel_jax.json` (format, sizes, the dtype of every parameter, the bytes of
+every file), one Orbax checkpoint a component in `weights/`, and the tokenizer and json files of its source. It is
+written beside its place and renamed when whole, so an interrupted conversion leaves nothing that loads.
 """
 
 from __future__ import annotations
@@ -76,7 +76,16 @@ def convert(
     for file in sorted(checkpoint.files.directory.iterdir()):
         if file.suffix in (".json", ".txt", ".jinja", ".model") and not file.name.endswith(".index.json"):
             shutil.copyfile(file, partial / file.name)
-    manifest = {"format": _FORMAT, "config": checkpoint.config.to_dict(), "dtypes": dtypes}
+    manifest = {
+        "format": _FORMAT,
+        "config": checkpoint.config.to_dict(),
+        "dtypes": dtypes,
+        "files": {
+            file.relative_to(partial).as_posix(): file.stat().st_size
+            for file in sorted((partial / "weights").rglob("*"))
+            if file.is_file()
+        },
+    }
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     (partial / _UNFINISHED).unlink()
     partial.rename(destination)
@@ -90,7 +99,7 @@ class ConvertedCheckpoint:
     """A checkpoint that `convert` wrote.
 
     Raises:
-        InputError: its manifest is damaged or of another format.
+        InputError: its manifest is damaged or of another format, or a file of weights is missing or cut short.
     """
 
     def __init__(self, directory: Path):
@@ -102,11 +111,14 @@ class ConvertedCheckpoint:
             )
         try:
             self.config = BagelConfig.from_dict(manifest["config"])
+            files = dict(manifest["files"])
         except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{directory / MANIFEST} has a damaged config ({error!r}); convert again") from None
-        for component in COMPONENTS:
-            if not (directory / "weights" / _folder(component)).is_dir():
-                raise InputError(f"{directory} lacks weights/{_folder(component)}; convert again")
+            raise InputError(f"{directory / MANIFEST} is damaged ({error!r}); convert again") from None
+        for name, size in files.items():
+            file = directory / name
+            found = file.stat().st_size if file.is_file() else 0
+            if found != size:
+                raise InputError(f"{file} has {found:,} bytes; it must have {size:,}, so copy it or convert again")
 
     def load(self, dtype, progress: Callable[[int, int], None] | None = None) -> Weights:
         """All weights in `dtype`, on the default device.

@@ -273,7 +273,7 @@ def test_damaged_manifest(damaged, change):
 def test_missing_component(damaged, folder):
     """A copy that left a folder out."""
     shutil.rmtree(damaged / "weights" / folder)
-    with pytest.raises(InputError, match=f"lacks weights/{folder}"):
+    with pytest.raises(InputError, match=f"weights/{folder}/.* has 0 bytes; it must have"):
         Bagel.open(damaged)
 
 
@@ -301,14 +301,22 @@ def _truncate(directory: Path) -> None:
     os.truncate(largest, largest.stat().st_size // 2)
 
 
+def _overwrite(directory: Path) -> None:
+    largest = max((directory / "weights" / "vit").rglob("d/*"), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 4 : len(content) // 2] = b"x" * (len(content) // 2 - len(content) // 4)
+    largest.write_bytes(content)
+
+
 # What is damaged, and what must be told.
 DAMAGE = {
-    "other vocabulary": (_rewrite('"vocab_size": 768', '"vocab_size": 700'), "embedding and head"),
-    "other depth": (_rewrite('"num_layers": 3', '"num_layers": 4'), "understanding expert"),
-    "no array files": (_remove("**/d/*"), "vit"),
-    "no index of arrays": (_remove("manifest.ocdbt"), "vit"),
-    "an empty folder": (_remove("*"), "vit"),
-    "a file cut short": (_truncate, "vit"),
+    "other vocabulary": (_rewrite('"vocab_size": 768', '"vocab_size": 700'), "the embedding and head weights in"),
+    "other depth": (_rewrite('"num_layers": 3', '"num_layers": 4'), "the understanding expert weights in"),
+    "no array files": (_remove("**/d/*"), "weights/vit/"),
+    "no index of arrays": (_remove("manifest.ocdbt"), "weights/vit/"),
+    "an empty folder": (_remove("*"), "weights/vit/"),
+    "a file cut short": (_truncate, "weights/vit/"),
+    "other bytes": (_overwrite, "the vit weights in"),
 }
 
 _LOAD_ALL = """
@@ -342,6 +350,6 @@ def test_damaged_arrays(refusals, name):
     """A bad copy or another model's manifest: the component is named, and nothing is cut, padded or left at zero."""
     kind, message = refusals[name]
     assert kind == "InputError", message[:200]
-    assert f"the {DAMAGE[name][1]} weights in " in message
+    assert DAMAGE[name][1] in message
     assert "convert again" in message
     assert "\n" not in message
