@@ -53,6 +53,13 @@ def test_max_latent_size_of_config_json_is_not_trusted(tiny_dir, header_dir):
     assert smaller.max_image_size == 6 * 16
 
 
+def test_null_means_the_default(header_dir):
+    """Hugging Face writes null for a field that has its default, and such a config would be refused."""
+    path = header_dir() / "llm_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"head_dim": None, "rope_scaling": None}))
+    assert config_of(path.parent).trunk.head_dim == 16
+
+
 def test_vit_config_counts_one_layer_too_many(tiny_dir, header_dir):
     """vit_config.json of the published model says 27 where 26 are; the tensors decide."""
     assert json.loads((tiny_dir / "vit_config.json").read_text())["num_hidden_layers"] == 4
