@@ -1,0 +1,53 @@
+"""The house: a room imports downwards only, as docs/architecture.md says."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "bagel_jax"
+
+# Which rooms a room may import, from the top floor down; errors is open to all.
+MAY_IMPORT = {
+    "__init__": {"engine", "request"},
+    "run": {"engine", "request"},
+    "engine": {"ar", "diffusion", "handoff", "checkpoint", "models", "inputs", "request", "config"},
+    "ar": {"inputs", "models"},
+    "diffusion": {"request", "handoff", "models"},
+    "handoff": {"models"},
+    "checkpoint": {"models", "config"},
+    "models": {"config"},
+    "inputs": {"request", "config"},
+    "request": {"config"},
+    "config": set(),
+    "errors": set(),
+}
+
+
+def _imported(file: Path) -> set[str]:
+    """Rooms that a file imports, wherever in the file."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("bagel_jax"):
+            names.add(node.module)
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names if alias.name.startswith("bagel_jax.")}
+    return {name.split(".")[1] for name in names if "." in name}
+
+
+@pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda p: p.relative_to(PACKAGE).as_posix())
+def test_imports_go_down(file):
+    """A circle, or a network that knows about serving, would make the package hard to take apart."""
+    room = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    assert _imported(file) - {room, "errors"} <= MAY_IMPORT[room]
+
+
+def test_no_circles():
+    """A table that allows a circle would forbid nothing."""
+    left = dict(MAY_IMPORT)
+    while left:
+        free = [room for room, below in left.items() if not below & set(left)]
+        assert free, f"a circle among {sorted(left)}"
+        left = {room: below for room, below in left.items() if room not in free}
