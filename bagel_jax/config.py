@@ -104,8 +104,9 @@ class BagelConfig:
     @property
     def vae_transform(self) -> PictureTransform:
         """The resize for pictures to be edited: 1024/512/16 as in the official `app.py`, or what the table allows."""
-        longest = min(1024, self.max_image_size)
-        return PictureTransform(longest, min(512, longest), 16)
+        stride = 16
+        longest = max(stride, min(1024, self.max_image_size) // stride * stride)
+        return PictureTransform(longest, min(512, longest), stride)
 
     @property
     def vit_transform(self) -> PictureTransform:

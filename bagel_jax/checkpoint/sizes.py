@@ -41,13 +41,20 @@ def read_config(files: CheckpointFiles) -> BagelConfig:
     main = files.shapes(MAIN)
     autoencoder = _autoencoder(files.shapes(AUTOENCODER), _Json(top.get("vae_config", dict, {}), top.path))
     latent_dim = _shape(main, "vae2llm.weight", 2)[1]
+    vit_config = _vit(vit, main)
+    side = _root(_shape(main, "vit_pos_embed.pos_embed", 2)[0], "vit_pos_embed.pos_embed")
+    if vit_config.num_positions < side**2:
+        raise InputError(
+            f"the ViT's own position table has {vit_config.num_positions} rows, but vit_pos_embed.pos_embed {side**2}; "
+            "it must have as many"
+        )
     return BagelConfig(
         trunk=_trunk(llm),
-        vit=_vit(vit, main),
+        vit=vit_config,
         autoencoder=autoencoder,
         latent_patch_size=_root(latent_dim // autoencoder.latent_channels, "vae2llm.weight"),
         max_latent_size=_root(_shape(main, "latent_pos_embed.pos_embed", 2)[0], "latent_pos_embed.pos_embed"),
-        max_vit_patches=_root(_shape(main, "vit_pos_embed.pos_embed", 2)[0], "vit_pos_embed.pos_embed"),
+        max_vit_patches=side,
         connector_activation=_activation(top, "connector_act", "gelu_pytorch_tanh"),
         time_frequencies=_shape(main, "time_embedder.mlp.0.weight", 2)[1],
         interpolate_positions=top.get("interpolate_pos", bool, False),

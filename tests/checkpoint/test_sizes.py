@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
@@ -12,6 +13,7 @@ from bagel_jax.checkpoint.files import CheckpointFiles
 from bagel_jax.checkpoint.load import PublishedCheckpoint
 from bagel_jax.checkpoint.sizes import read_config
 from bagel_jax.errors import InputError
+from bagel_jax.inputs.pictures import resized_size
 
 
 def config_of(directory):
@@ -58,6 +60,22 @@ def test_null_means_the_default(header_dir):
     path = header_dir() / "llm_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"head_dim": None, "rope_scaling": None}))
     assert config_of(path.parent).trunk.head_dim == 16
+
+
+def test_vit_tables_of_different_sizes(header_dir):
+    """Patches beyond the smaller table would silently get its last row."""
+    table = "vit_model.vision_model.embeddings.position_embedding.weight"
+    with pytest.raises(InputError, match=r"position table has 4899 rows, but vit_pos_embed\.pos_embed 4900"):
+        config_of(header_dir({table: (4899, 48)}))
+
+
+def test_input_pictures_fit_the_position_table(header_dir):
+    """Rounded to 16 pixels, a picture could be larger than the table, and its last patches would be misplaced."""
+    config = config_of(header_dir({"latent_pos_embed.pos_embed": (121, 64)}))
+    small = dataclasses.replace(config, autoencoder=dataclasses.replace(config.autoencoder, widths=(32, 64, 64)))
+    assert small.max_image_size == 88
+    for size in ((100, 100), (90, 300), (300, 90), (2000, 40)):
+        assert max(resized_size(*size, small.vae_transform)) <= 88
 
 
 def test_vit_config_counts_one_layer_too_many(tiny_dir, header_dir):
