@@ -19,6 +19,12 @@ from bagel_jax.inputs.prepare import latent_positions, vit_positions
 
 TOLERANCE = 1e-4
 
+
+def slow_edits(*names):
+    """Parameters of which the larger edits run with the slow tests."""
+    return [pytest.param(n, marks=pytest.mark.slow) if n in names else n for n in GENERATION]
+
+
 # Errors of the official code in bfloat16 against its own float32 (golden README), to which a factor of 1.2 is added.
 LUCK = 1.2
 BFLOAT16_LATENTS = {
@@ -144,7 +150,7 @@ def test_autoencoder(tiny, cases_dir):
     assert relative_error(decoded.transpose(0, 3, 1, 2), golden["decoded"]) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", GENERATION)
+@pytest.mark.parametrize("name", slow_edits("img2img_two_images"))
 def test_velocities(tiny, cases_dir, name):
     """The guided velocity of every step in a plain Python loop (of the first and last for edits)."""
     case = Case.read(cases_dir, name)
@@ -198,7 +204,7 @@ def test_decoder(tiny, cases_dir, name):
     assert relative_error(pixels.transpose(0, 3, 1, 2), case.arrays["decoded_0"]) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", GENERATION)
+@pytest.mark.parametrize("name", slow_edits("img2img", "img2img_two_images"))
 def test_bfloat16_latents(tiny_bfloat16, cases_dir, name):
     """In bfloat16 the final latents are no further from float32 than the official code's."""
     case = Case.read(cases_dir, name)
