@@ -71,6 +71,12 @@ class Bagel:
         self.dtype = resolve_dtype(dtype)
         self.config: BagelConfig = source.config
         self.tokenizer = Tokenizer(source.directory)
+        markers = self.tokenizer.vision_start, self.tokenizer.vision_end
+        if max(markers) >= self.config.trunk.vocab_size:
+            raise InputError(
+                f"the tokenizer in {source.directory} has token {max(markers)}, but the model has "
+                f"{self.config.trunk.vocab_size} tokens; the tokenizer must be the model's own"
+            )
         self.load_seconds: float | None = None
         self._source = source
         self._weights: Weights | None = None
@@ -84,7 +90,7 @@ class Bagel:
             dtype: `auto`, `float32` or `bfloat16`.
 
         Raises:
-            InputError: the directory does not hold a whole checkpoint.
+            InputError: the directory does not hold a whole checkpoint, or a tokenizer that is not its own.
         """
         return cls(ModelSource.open(Path(directory)), dtype)
 
@@ -237,6 +243,7 @@ class _Clock:
     @contextmanager
     def phase(self, name: str):
         """Times the work inside, which must have finished on the device when it ends."""
+        _compiling.clear()
         started = time.perf_counter()
         yield
         compiling = sum(end - start for start, end in _compiling if start >= started)

@@ -30,6 +30,12 @@ def check_number(name: str, value, low: float, high: float = math.inf, *, above:
         raise InputError(f"{name} is {value!r}; it must be a number, {span}")
 
 
+def check_flag(name: str, value) -> None:
+    """Raises `InputError` unless `value` is true or false."""
+    if not isinstance(value, bool):
+        raise InputError(f"{name} is {value!r}; it must be true or false")
+
+
 def check_choice(name: str, value, choices: Sequence[str]) -> None:
     """Raises `InputError` unless `value` is one of `choices`."""
     if value not in choices:

@@ -16,11 +16,12 @@ import numpy as np
 from PIL import Image
 
 from bagel_jax.config import BagelConfig
-from bagel_jax.errors import InputError, check_choice, check_number, check_whole
+from bagel_jax.errors import InputError, check_choice, check_flag, check_number, check_whole
 
 MODALITIES = ("text2img", "img2img", "img2text", "text2text")
 RENORM_TYPES = ("global", "channel", "text_channel")
 MAX_STEPS = 1000
+MAX_TOKENS = 32768  # as far as the published trunk has positions
 _DEFAULT_SIZE = 1024  # pixels
 MAX_SEED = 2**32 - 1
 
@@ -44,27 +45,26 @@ class Settings:
     text_temperature: float = 0.3
 
     def __post_init__(self):
-        object.__setattr__(self, "cfg_interval", tuple(self.cfg_interval))
         for name in ("height", "width"):
             if getattr(self, name) is not None:
                 check_whole(name, getattr(self, name), 1)
         check_whole("steps", self.steps, 2, MAX_STEPS)
-        check_whole("max_think_tokens", self.max_think_tokens, 2)
-        check_whole("max_tokens", self.max_tokens, 2)
+        check_whole("max_think_tokens", self.max_think_tokens, 1, MAX_TOKENS)
+        check_whole("max_tokens", self.max_tokens, 1, MAX_TOKENS)
         check_number("timestep_shift", self.timestep_shift, 0, above=True)
         check_number("cfg_text_scale", self.cfg_text_scale, 0)
         check_number("cfg_img_scale", self.cfg_img_scale, 0)
         check_number("cfg_renorm_min", self.cfg_renorm_min, 0, 1)
-        check_number("text_temperature", self.text_temperature, 0, above=True)
-        if len(self.cfg_interval) != 2:
-            raise InputError(f"cfg_interval is {self.cfg_interval}; it must be two numbers, LO and HI")
+        check_number("text_temperature", self.text_temperature, 0, above=self.do_sample is True)
+        if not isinstance(self.cfg_interval, list | tuple) or len(self.cfg_interval) != 2:
+            raise InputError(f"cfg_interval is {self.cfg_interval!r}; it must be two numbers, LO and HI")
+        object.__setattr__(self, "cfg_interval", tuple(self.cfg_interval))
         for value in self.cfg_interval:
             check_number("cfg_interval", value, 0, 1)
         if self.cfg_interval[0] > self.cfg_interval[1]:
             raise InputError(f"cfg_interval is {self.cfg_interval}; LO must not be above HI")
         check_choice("cfg_renorm_type", self.cfg_renorm_type, RENORM_TYPES)
-        if not isinstance(self.do_sample, bool):
-            raise InputError(f"do_sample is {self.do_sample!r}; it must be true or false")
+        check_flag("do_sample", self.do_sample)
 
 
 _IMAGE = (
@@ -149,6 +149,9 @@ class Request:
         object.__setattr__(self, "request_id", self.request_id or uuid.uuid4().hex)
         check_choice("modality", self.modality, MODALITIES)
         check_whole("seed", self.seed, 0, MAX_SEED)
+        check_flag("think", self.think)
+        if not isinstance(self.negative_prompt, str | None):
+            raise InputError(f"negative_prompt is {self.negative_prompt!r}; it must be a string or None")
         for item in self.inputs:
             if not isinstance(item, str | Image.Image):
                 raise InputError(f"an input is a {type(item).__name__}; each must be a string or a PIL picture")

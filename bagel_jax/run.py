@@ -11,7 +11,7 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 import numpy as np
 from PIL import Image
@@ -41,9 +41,11 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--model", required=True, metavar="DIR", help="a published or a converted BAGEL checkpoint")
     p.add_argument("--modality", required=True, choices=MODALITIES, help="what goes in and what comes out")
-    p.add_argument("--prompts", nargs="+", metavar="P", help="one result a prompt")
+    p.add_argument("--prompts", nargs="+", action="extend", metavar="P", help="one result a prompt")
     p.add_argument("--txt-prompts", metavar="FILE", help="prompts from a file, one a line")
-    p.add_argument("--image-path", nargs="+", metavar="IMG", help="one picture for all prompts, or one each")
+    p.add_argument(
+        "--image-path", nargs="+", action="extend", metavar="IMG", help="one picture for all prompts, or one each"
+    )
     p.add_argument("--output", default="output", metavar="DIR", help="where results go (default: %(default)s)")
 
     g = p.add_argument_group("pictures")
@@ -109,10 +111,13 @@ def _run(args: argparse.Namespace) -> int:
         return _report_all_bad(requests)
 
     code = _DONE
-    bars = _Bars(quiet=args.quiet)
-    model.load_weights(bars)
-    output.mkdir(parents=True, exist_ok=True)
-    with (output / "results.jsonl").open("w", encoding="utf-8") as results:
+    for i, request in enumerate(requests):
+        if isinstance(request, InputError):
+            print(f"error: request {i}: {request}", file=sys.stderr)
+            code = _BAD_INPUT
+    bars = None if args.quiet else _Bars()
+    with _open_results(output) as results:
+        model.load_weights(bars)
         for i, request in enumerate(requests):
             name = f"output_{i}"
             record: dict[str, Any] = {
@@ -122,8 +127,7 @@ def _run(args: argparse.Namespace) -> int:
                 "seed": args.seed + i,
             }
             if isinstance(request, InputError):
-                print(f"error: request {i}: {request}", file=sys.stderr)
-                record["error"], code = str(request), _BAD_INPUT
+                record["error"] = str(request)
             else:
                 try:
                     prepared = model.prepare(request)
@@ -132,7 +136,8 @@ def _run(args: argparse.Namespace) -> int:
                     record |= _save(model.run(prepared, bars), request, output, name, latents=args.save_latents)
                 # Whatever happens to one request, the others go on and what is finished is kept.
                 except Exception as error:
-                    bars.close()
+                    if bars is not None:
+                        bars.close()
                     print(f"error: request {i} failed: {error}", file=sys.stderr)
                     record["error"], code = f"{type(error).__name__}: {error}", code or _FAILED
                 if not args.quiet and record.get("image"):
@@ -246,6 +251,14 @@ def _output_folder(name: str) -> Path:
     return output
 
 
+def _open_results(output: Path) -> TextIO:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        return (output / "results.jsonl").open("w", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"--output {output} cannot be written to ({error.strerror}); give another folder") from None
+
+
 def _report_all_bad(items: list) -> int:
     for message in dict.fromkeys(str(item) for item in items):
         print(f"error: {message}", file=sys.stderr)
@@ -259,8 +272,8 @@ _PHASES = {"load": ("loading weights", "tensor"), "decode": ("decoding", "token"
 class _Bars:
     """Progress bars on standard error, one a phase; the bar stands before the phase's first step is over."""
 
-    def __init__(self, *, quiet: bool):
-        self._quiet, self._bar, self._phase = quiet, None, ""
+    def __init__(self):
+        self._bar, self._phase = None, ""
 
     def __call__(self, phase: str, done: int, total: int) -> None:
         """Shows that `done` of `total` are done in `phase`."""
@@ -268,7 +281,7 @@ class _Bars:
             self.close()
             self._phase = phase
             title, unit = _PHASES[phase]
-            self._bar = tqdm(total=total, desc=title, unit=unit, file=sys.stderr, disable=self._quiet)
+            self._bar = tqdm(total=total, desc=title, unit=unit, file=sys.stderr)
         self._bar.update(done - self._bar.n)
         if done == total:
             self.close()

@@ -33,10 +33,10 @@ GOOD = {
     "cfg_interval": ((0, 1), [0.4, 1.0], (0.5, 0.5), (0, 0), (1, 1)),
     "cfg_renorm_type": ("global", "channel", "text_channel"),
     "cfg_renorm_min": (0, 0.5, 1),
-    "max_think_tokens": (2, 10**6),
-    "max_tokens": (2, 10**6),
+    "max_think_tokens": (1, 32768),
+    "max_tokens": (1, 32768),
     "do_sample": (True, False),
-    "text_temperature": (1e-6, 1, 100.0),
+    "text_temperature": (0, 1e-6, 1, 100.0),
 }
 
 # Value, and what the message must say beside the name and the value.
@@ -49,11 +49,32 @@ BAD = {
     "cfg_img_scale": [(-0.1, "at least 0"), (math.nan, "number"), ([2], "number")],
     "cfg_renorm_min": [(-0.01, "from 0 to 1"), (1.01, "from 0 to 1"), (math.nan, "number")],
     "cfg_renorm_type": [("local", "global, channel, text_channel"), ("Global", "one of"), (None, "one of")],
-    "max_think_tokens": [(1, "at least 2"), (2.5, "whole number")],
-    "max_tokens": [(1, "at least 2"), (0, "at least 2"), (False, "whole number")],
-    "text_temperature": [(0, "above 0"), (-1, "above 0"), (math.inf, "number")],
+    "max_think_tokens": [(0, "from 1 to 32768"), (32769, "from 1 to 32768"), (2.5, "whole number")],
+    "max_tokens": [(0, "from 1 to 32768"), (32769, "from 1 to 32768"), (False, "whole number")],
+    "text_temperature": [(-1, "at least 0"), (math.inf, "number")],
     "do_sample": [(1, "true or false"), ("yes", "true or false"), (None, "true or false")],
 }
+
+
+def test_temperature_of_sampling():
+    """Sampling at temperature 0 would divide by zero."""
+    with pytest.raises(InputError, match="text_temperature is 0; it must be a number, above 0"):
+        Settings(do_sample=True, text_temperature=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"think": "yes"}, "think is 'yes'; it must be true or false"),
+        ({"negative_prompt": 3}, "negative_prompt is 3; it must be a string or None"),
+        ({"cfg_interval": 0.5}, "cfg_interval is 0.5; it must be two numbers, LO and HI"),
+    ],
+)
+def test_values_of_another_type(options, what):
+    """A slip in a script would be a traceback from deep inside."""
+    with pytest.raises(InputError) as error:
+        Request.create("text2img", "a red bench", **options)
+    assert str(error.value) == what
 
 
 @pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in GOOD.items() for value in values])

@@ -47,6 +47,8 @@ def read_json(path: Path) -> dict:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; a BAGEL checkpoint needs it") from None
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); a BAGEL checkpoint needs it") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not valid json ({error})") from None
     if not isinstance(data, dict):

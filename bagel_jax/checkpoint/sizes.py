@@ -46,10 +46,10 @@ def read_config(files: CheckpointFiles) -> BagelConfig:
     if vit_config.num_positions < side**2:
         raise InputError(
             f"the ViT's own position table has {vit_config.num_positions} rows, but vit_pos_embed.pos_embed {side**2}; "
-            "it must have as many"
+            "it must have at least as many"
         )
     return BagelConfig(
-        trunk=_trunk(llm),
+        trunk=_trunk(llm, main),
         vit=vit_config,
         autoencoder=autoencoder,
         latent_patch_size=_root(latent_dim // autoencoder.latent_channels, "vae2llm.weight"),
@@ -62,14 +62,15 @@ def read_config(files: CheckpointFiles) -> BagelConfig:
 
 
 class _Json:
-    """Fields of a json object, checked as they are read."""
+    """Fields of a json object, checked as they are read. A default may be a function, called where it is needed."""
 
     def __init__(self, data: dict, path: Path):
         self.data, self.path = data, path
 
     def get(self, name: str, kind: type, default=None, *, signed: bool = False):
         value = self.data.get(name)
-        value = default if value is None else value  # null is how Hugging Face's configs say "the default"
+        if value is None:  # null is how Hugging Face's configs say "the default"
+            value = default() if callable(default) else default
         if value is None:
             raise InputError(f"{self.path} has no {name}; it must be given")
         good = isinstance(value, kind)
@@ -108,7 +109,7 @@ def _shape(shapes: Shapes, name: str, rank: int) -> tuple[int, ...]:
 def _root(number: int, name: str) -> int:
     root = math.isqrt(number)
     if root < 1 or root * root != number:
-        raise InputError(f"tensor {name} has the size of {number} places in a square; it must be a square number")
+        raise InputError(f"tensor {name} has an axis that makes {number} places of a square; that is no square number")
     return root
 
 
@@ -118,50 +119,75 @@ def _count(shapes: Shapes, pattern: str) -> int:
     return max(numbers, default=-1) + 1
 
 
-def _trunk(llm: _Json) -> TrunkConfig:
-    width, heads = llm.get("hidden_size", int), llm.get("num_attention_heads", int)
-    kv_heads = llm.get("num_key_value_heads", int, heads)
-    head_dim = llm.get("head_dim", int, width // heads)
+def _trunk(llm: _Json, shapes: Shapes) -> TrunkConfig:
+    layer = "language_model.model.layers.0"
+
+    def axis(name: str, number: int = 0):
+        return lambda: _shape(shapes, name, 2)[number]
+
+    def head_count(name: str):
+        return lambda: _shape(shapes, f"{layer}.self_attn.{name}.weight", 2)[0] // head_dim
+
+    width = llm.get("hidden_size", int, axis("language_model.model.embed_tokens.weight", 1))
+    head_dim = llm.get("head_dim", int, lambda: _shape(shapes, f"{layer}.self_attn.q_norm.weight", 1)[0])
+    heads = llm.get("num_attention_heads", int, head_count("q_proj"))
+    kv_heads = llm.get("num_key_value_heads", int, head_count("k_proj"))
     if heads % kv_heads:
         raise InputError(f"{llm.path} has {heads} attention heads on {kv_heads} key-value heads; it must divide")
     if head_dim % 2:
         raise InputError(f"{llm.path} gives a head width of {head_dim}; rotary embedding needs an even one")
-    if llm.data.get("rope_scaling"):
-        raise InputError(f"{llm.path} asks for rope_scaling; only plain rotary embedding is supported")
     return TrunkConfig(
-        vocab_size=llm.get("vocab_size", int),
+        vocab_size=llm.get("vocab_size", int, axis("language_model.model.embed_tokens.weight")),
         hidden_size=width,
-        num_layers=llm.get("num_hidden_layers", int),
+        num_layers=llm.get("num_hidden_layers", int, lambda: _count(shapes, r"language_model\.model\.layers\.(\d+)\.")),
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
-        mlp_width=llm.get("intermediate_size", int),
-        rope_theta=llm.get("rope_theta", float, 10000.0),
+        mlp_width=llm.get("intermediate_size", int, axis(f"{layer}.mlp.gate_proj.weight")),
+        rope_theta=_rope_theta(llm),
         norm_eps=llm.get("rms_norm_eps", float, 1e-6),
         activation=_activation(llm, "hidden_act", "silu"),
     )
 
 
+def _rope_theta(llm: _Json) -> float:
+    """The base of rotary embedding; transformers 5 writes it into an object of its own."""
+    for name in ("rope_scaling", "rope_parameters"):
+        rope = llm.get(name, dict, {})
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default":
+            raise InputError(f"{llm.path} asks for {name} of type {kind!r}; only plain rotary embedding is supported")
+    nested = _Json(llm.get("rope_parameters", dict, {}), llm.path)
+    return llm.get("rope_theta", float, lambda: nested.get("rope_theta", float, 10000.0))
+
+
 def _vit(vit: _Json, shapes: Shapes) -> VitConfig:
     prefix = "vit_model.vision_model"
     layers = _count(shapes, re.escape(prefix) + r"\.encoder\.layers\.(\d+)\.")
-    stated = vit.get("num_hidden_layers", int)
-    if layers not in (stated, stated - 1):
+    stated = vit.get("num_hidden_layers", int, layers + 1)
+    if layers not in (stated, stated - 1) or not layers:
         raise InputError(
-            f"the checkpoint holds {layers} ViT layers, but {vit.path} says {stated}; "
-            f"it must say {layers} or {layers + 1}"
+            f"the checkpoint holds {layers} ViT layers, but {vit.path} says {stated}, which stands for {stated - 1} or "
+            f"{stated}; tensors are missing, or the file is of another model"
         )
-    width, heads = vit.get("hidden_size", int), vit.get("num_attention_heads", int)
+    patch_embedding = f"{prefix}.embeddings.patch_embedding.weight"
+    channels = vit.get("num_channels", int, 3)
+    width = vit.get("hidden_size", int, lambda: _shape(shapes, patch_embedding, 2)[0])
+    heads = vit.get("num_attention_heads", int)
     if width % heads:
         raise InputError(f"{vit.path} has {heads} attention heads on a width of {width}; it must divide")
     return VitConfig(
         hidden_size=width,
         num_layers=layers,
         num_heads=heads,
-        mlp_width=vit.get("intermediate_size", int),
-        patch_size=vit.get("patch_size", int),
+        mlp_width=vit.get(
+            "intermediate_size", int, lambda: _shape(shapes, f"{prefix}.encoder.layers.0.mlp.fc1.weight", 2)[0]
+        ),
+        patch_size=vit.get(
+            "patch_size", int, lambda: _root(_shape(shapes, patch_embedding, 2)[1] // channels, patch_embedding)
+        ),
         num_positions=_shape(shapes, f"{prefix}.embeddings.position_embedding.weight", 2)[0],
-        channels=vit.get("num_channels", int, 3),
+        channels=channels,
         norm_eps=vit.get("layer_norm_eps", float, 1e-6),
         activation=_activation(vit, "hidden_act", "gelu_pytorch_tanh"),
     )

@@ -33,7 +33,9 @@ _CHUNK_BYTES = 64 * 2**20
 def convert(
     checkpoint: PublishedCheckpoint, destination: Path, dtype=None, progress: Callable[[int, int], None] | None = None
 ) -> None:
-    """Writes a published checkpoint in the converted form, one component in memory at a time.
+    """Writes a published checkpoint in the converted form, a component at a time.
+
+    While Orbax writes a component it holds up to three copies of it, so the peak is somewhat above one model.
 
     Args:
         checkpoint: the source.
@@ -42,7 +44,7 @@ def convert(
         progress: called as `progress(parameters done, of how many)`.
 
     Raises:
-        InputError: the destination is there already, or the source does not fit its model.
+        InputError: the destination is there already or cannot be made, or the source does not fit its model.
     """
     checkpoint.check()
     if destination.exists():
@@ -54,7 +56,10 @@ def convert(
         raise InputError(
             f"{partial} is in the way and no interrupted conversion; remove it or give another destination"
         )
-    (partial / "weights").mkdir(parents=True)
+    try:
+        (partial / "weights").mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"{partial} cannot be made ({error.strerror}); give another destination") from None
     (partial / _UNFINISHED).touch()
     sharding = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
     dtypes: dict[str, str] = {}

@@ -67,6 +67,12 @@ def prepare(request: Request, config: BagelConfig, tokenizer: Tokenizer) -> Prep
     # An empty negative prompt is none at all: the official context without text holds no tokens.
     if request.negative_prompt and request.makes_picture:
         negative = Text(tokenizer.prompt(request.negative_prompt))
+    for text in (*parts, system, negative):
+        if isinstance(text, Text) and max(text.ids) >= config.trunk.vocab_size:
+            raise InputError(
+                f"the tokenizer gives token {max(text.ids)} for a text, but the model has {config.trunk.vocab_size} "
+                "tokens; the tokenizer must be the model's own"
+            )
     wanted = contexts(parts, system=system, negative=negative)
     if not request.makes_picture:  # nothing is guided
         wanted = Contexts(wanted.main, wanted.main, wanted.main)

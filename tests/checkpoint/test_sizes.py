@@ -210,11 +210,42 @@ FIELDS = [(file, field) for file, fields in REQUIRED.items() for field in fields
 
 @pytest.mark.parametrize(("file", "field"), FIELDS)
 @pytest.mark.parametrize("value", [..., None])
-def test_field_missing(header_dir, file, field, value):
-    """A config.json cut short or from another model: the file and the field are named."""
+def test_field_missing(tiny_dir, header_dir, file, field, value):
+    """A json file that is silent would stop a model whose tensors tell the size; where they don't, it is named."""
     directory = header_dir()
     checkpoints.edit_json(directory / file, **{field: value})
-    with pytest.raises(InputError, match=rf"{file} has no {field}"):
+    if (file, field) == ("vit_config.json", "num_attention_heads"):
+        with pytest.raises(InputError, match=rf"{file} has no {field}"):
+            config_of(directory)
+    else:
+        assert config_of(directory) == config_of(tiny_dir)
+
+
+def test_llm_config_without_sizes(tiny_dir, header_dir):
+    """With nothing but tensors to go by, head counts would be taken for one another."""
+    directory = header_dir()
+    names = (*REQUIRED["llm_config.json"], "num_key_value_heads")
+    checkpoints.edit_json(directory / "llm_config.json", **dict.fromkeys(names, ...))
+    assert config_of(directory) == config_of(tiny_dir)
+
+
+def test_rope_theta_of_newer_transformers(tiny_dir, header_dir):
+    """transformers 5 writes rope_theta into an object of its own; unread, every text would be another."""
+    directory = header_dir()
+    parameters = {"rope_theta": 1000000.0, "rope_type": "default"}
+    checkpoints.edit_json(directory / "llm_config.json", rope_theta=..., rope_parameters=parameters)
+    assert config_of(directory) == config_of(tiny_dir)
+    checkpoints.edit_json(directory / "llm_config.json", rope_parameters=parameters | {"rope_type": "yarn"})
+    with pytest.raises(InputError, match="rope_parameters of type 'yarn'"):
+        config_of(directory)
+
+
+def test_json_that_cannot_be_read(header_dir):
+    """A folder where a file should be would be a traceback."""
+    directory = header_dir()
+    (directory / "llm_config.json").unlink()
+    (directory / "llm_config.json").mkdir()
+    with pytest.raises(InputError, match=r"llm_config\.json cannot be read"):
         config_of(directory)
 
 
