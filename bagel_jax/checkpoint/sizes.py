@@ -128,8 +128,13 @@ def _trunk(llm: _Json, shapes: Shapes) -> TrunkConfig:
     def head_count(name: str):
         return lambda: _shape(shapes, f"{layer}.self_attn.{name}.weight", 2)[0] // head_dim
 
+    def head_width() -> int:
+        if llm.data.get("num_attention_heads") is not None:
+            return width // llm.get("num_attention_heads", int)
+        return _shape(shapes, f"{layer}.self_attn.q_norm.weight", 1)[0]
+
     width = llm.get("hidden_size", int, axis("language_model.model.embed_tokens.weight", 1))
-    head_dim = llm.get("head_dim", int, lambda: _shape(shapes, f"{layer}.self_attn.q_norm.weight", 1)[0])
+    head_dim = llm.get("head_dim", int, head_width)
     heads = llm.get("num_attention_heads", int, head_count("q_proj"))
     kv_heads = llm.get("num_key_value_heads", int, head_count("k_proj"))
     if heads % kv_heads:

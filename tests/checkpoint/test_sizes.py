@@ -229,6 +229,15 @@ def test_llm_config_without_sizes(tiny_dir, header_dir):
     assert config_of(directory) == config_of(tiny_dir)
 
 
+def test_damaged_norm_is_named(header_dir):
+    """A tensor of the wrong shape would be taken for the model's size, and all the others be blamed."""
+    files = CheckpointFiles(header_dir({"language_model.model.layers.0.self_attn.q_norm.weight": (12,)}))
+    problems = PublishedCheckpoint(files, read_config(files)).report().problems
+    assert problems == [
+        "tensor language_model.model.layers.0.self_attn.q_norm.weight has shape [12]; the model needs [16]"
+    ]
+
+
 def test_rope_theta_of_newer_transformers(tiny_dir, header_dir):
     """transformers 5 writes rope_theta into an object of its own; unread, every text would be another."""
     directory = header_dir()
