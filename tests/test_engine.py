@@ -33,25 +33,27 @@ def compiling(monkeypatch):
 def test_nested_tracing_is_counted_once(compiling):
     """A function's tracing holds that of the functions it calls: seconds.compile would exceed the time that passed."""
     clock = engine._Clock()
+    started = time.perf_counter()
     with clock.phase("denoise"):
         time.sleep(0.05)
         compiling(0.01)
         compiling(0.02)
         compiling(0.04)  # the outer one, noted last
     assert clock.seconds["compile"] == pytest.approx(0.04)
-    assert 0 < clock.seconds["denoise"] < 0.04
+    assert 0 < clock.seconds["denoise"] <= time.perf_counter() - started - 0.04
 
 
 def test_phases_add_up(compiling):
     """Two stretches of one phase would overwrite each other, or compiling before a phase count in it."""
     clock = engine._Clock()
     compiling(5)
+    started = time.perf_counter()
     for _ in range(2):
         with clock.phase("prefill"):
             time.sleep(0.03)
             compiling(0.01)
     assert clock.seconds["compile"] == pytest.approx(0.02)
-    assert 0.04 <= clock.seconds["prefill"] < 0.1
+    assert 0.04 <= clock.seconds["prefill"] <= time.perf_counter() - started - 0.02
 
 
 def test_other_events_are_no_compiling(compiling):
