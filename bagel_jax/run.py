@@ -223,7 +223,9 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     try:
         lines = Path(args.txt_prompts).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--txt-prompts {args.txt_prompts} cannot be read as text ({error})") from None
+        raise InputError(
+            f"--txt-prompts {args.txt_prompts} cannot be read as text ({error}); give a file in UTF-8"
+        ) from None
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise InputError(f"--txt-prompts {args.txt_prompts} holds no prompt; it must hold one a line")

@@ -50,7 +50,7 @@ def read_json(path: Path) -> dict:
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error.strerror}); a BAGEL checkpoint needs it") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid json ({error})") from None
+        raise InputError(f"{path} is not valid json ({error}); fetch it again") from None
     if not isinstance(data, dict):
         raise InputError(f"{path} holds a json {type(data).__name__}; it must hold an object")
     return data

@@ -34,7 +34,9 @@ class Tokenizer:
             self._tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
         except Exception as error:  # transformers raises whatever its parsers raise
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise InputError(f"the tokenizer in {directory} cannot be loaded ({reason})") from None
+            raise InputError(
+                f"the tokenizer in {directory} cannot be loaded ({reason}); fetch its files again"
+            ) from None
         known = self._tokenizer.get_vocab()
         self._tokenizer.add_tokens([token for token in _MARKERS if token not in known])
         ids = self._tokenizer.convert_tokens_to_ids(list(_MARKERS))
