@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from bagel_jax.models.layers import precision
 
@@ -43,18 +44,66 @@ def attend(q: jax.Array, fresh: KV, kv_end: jax.Array, prefix: KV | None = None,
     Returns:
         `[T, H, E]` in q's dtype. A query that sees no key at all (padding) gets finite rubbish.
     """
-    num_queries = q.shape[0]
     num_keys = fresh.k.shape[0] + (0 if prefix is None else prefix.k.shape[0])
+
+    def some(q, kv_end):
+        parts = [(fresh, jnp.arange(fresh.k.shape[0]) < kv_end[:, None])]
+        if prefix is not None:
+            parts.append((prefix, jnp.arange(prefix.k.shape[0]) < prefix_len))
+        return _attend(q, parts)
+
+    return _sliced(some, q, kv_end, num_keys)
+
+
+class Sight(NamedTuple):
+    """Who sees whom among tokens packed in any order, each `[..., T]` int32 (training; serving needs `kv_end` alone).
+
+    A token sees those of its own sample that stand before its `end`, but for those of a noised picture, which only
+    that picture's own tokens see. Padding is sample 0.
+    """
+
+    sample: jax.Array
+    order: jax.Array  # the token's place in its sample
+    end: jax.Array  # it sees the places [0, end)
+    noised: jax.Array  # number of the noised picture that it belongs to; 0: none
+
+    def of(self, other: Sight) -> jax.Array:
+        """`[T, T']` bool: whether each of these tokens sees each of the `other` ones."""
+        mine, others = (Sight(*(x[index] for x in s)) for s, index in ((self, np.s_[:, None]), (other, np.s_[None])))
+        unseen = (others.noised != 0) & (others.noised != mine.noised)
+        return (mine.sample == others.sample) & (others.order < mine.end) & ~unseen
+
+
+def attend_packed(q: jax.Array, kv: KV, sight: Sight) -> jax.Array:
+    """Softmax attention among the T tokens of one row that holds several samples.
+
+    Args:
+        q: queries `[T, H, E]`.
+        kv: keys and values of the same tokens, `[T, K, E]`.
+        sight: who sees whom, fields `[T]`.
+
+    Returns:
+        `[T, H, E]` in q's dtype.
+    """
+    return _sliced(lambda q, some: _attend(q, [(kv, some.of(sight))]), q, sight, kv.k.shape[0])
+
+
+def _sliced(function, q, per_query, num_keys):
+    """`function(q, per_query)`, for a slice of the queries at a time where all scores at once would be too many."""
+    num_queries = q.shape[0]
     rows = max(1, _max_scores() // (q.shape[1] * num_keys))
     if rows >= num_queries:
-        return _attend(q, fresh, kv_end, prefix, prefix_len)
+        return function(q, per_query)
 
     chunks = -(-num_queries // rows)
     rows = -(-num_queries // chunks)
-    padding = chunks * rows - num_queries
-    q = jnp.pad(q, ((0, padding), (0, 0), (0, 0))).reshape(chunks, rows, *q.shape[1:])
-    kv_end = jnp.pad(kv_end, (0, padding)).reshape(chunks, rows)
-    out = jax.lax.map(lambda chunk: _attend(chunk[0], fresh, chunk[1], prefix, prefix_len), (q, kv_end))
+
+    def cut(x):
+        x = jnp.pad(x, ((0, chunks * rows - num_queries), *[(0, 0)] * (x.ndim - 1)))
+        return x.reshape(chunks, rows, *x.shape[1:])
+
+    # Under a gradient, the scores are computed again instead of being kept for all slices.
+    out = jax.lax.map(jax.checkpoint(lambda chunk: function(*chunk)), jax.tree.map(cut, (q, per_query)))
     return out.reshape(chunks * rows, *out.shape[2:])[:num_queries]
 
 
@@ -67,23 +116,24 @@ def _max_scores() -> int:
     return 2**21 if jax.default_backend() == "cpu" else 2**26
 
 
-def _attend(q, fresh, kv_end, prefix, prefix_len):
-    """`attend` with all scores at once. Prefix and fresh keys are summed up apart and share one maximum."""
+def _attend(q, parts):
+    """Attention with all scores at once, over `parts` of keys and values and which of them each query sees.
+
+    The parts are summed up apart and share one maximum.
+    """
     num_queries, heads, width = q.shape
-    kv_heads = fresh.k.shape[1]
+    kv_heads = parts[0][0].k.shape[1]
     grouped = q.reshape(num_queries, kv_heads, heads // kv_heads, width)
     einsum = partial(jnp.einsum, precision=precision(q.dtype), preferred_element_type=jnp.float32)
 
-    def scores(keys, seen):
-        s = einsum("tkge,ske->kgts", grouped, keys) * width**-0.5
-        return jnp.where(seen, s, jnp.finfo(jnp.float32).min)
-
-    parts = [(fresh, scores(fresh.k, jnp.arange(fresh.k.shape[0]) < kv_end[:, None]))]
-    if prefix is not None:
-        parts.append((prefix, scores(prefix.k, jnp.arange(prefix.k.shape[0]) < prefix_len)))
-    highest = functools.reduce(jnp.maximum, [s.max(axis=-1, keepdims=True) for _, s in parts])
+    scores = []
+    for kv, seen in parts:
+        s = einsum("tkge,ske->kgts", grouped, kv.k) * width**-0.5
+        scores.append(jnp.where(seen, s, jnp.finfo(jnp.float32).min))
+    # The result does not depend on the maximum, so neither does its gradient.
+    highest = jax.lax.stop_gradient(functools.reduce(jnp.maximum, [s.max(axis=-1, keepdims=True) for s in scores]))
     total = out = 0.0
-    for kv, s in parts:
+    for (kv, _), s in zip(parts, scores, strict=True):
         weights = jnp.exp(s - highest)
         total += weights.sum(axis=-1)
         out += einsum("kgts,ske->kgte", weights.astype(kv.v.dtype), kv.v)

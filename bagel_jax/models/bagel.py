@@ -40,12 +40,12 @@ class TimestepEmbedder(nnx.Module):
         self.fc2 = linear(width, width, dtype, rngs)
 
     def __call__(self, timestep: jax.Array) -> jax.Array:
-        """Timesteps `[B]` in [0, 1] -> `[B, D]`."""
+        """Timesteps `[...]` in [0, 1] -> `[..., D]`."""
         half = self.num_features // 2
         frequencies = jnp.exp(-math.log(10000) * jnp.arange(half, dtype=jnp.float32) / half)
-        angles = timestep.astype(jnp.float32)[:, None] * frequencies
+        angles = timestep.astype(jnp.float32)[..., None] * frequencies
         features = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
-        features = jnp.pad(features, ((0, 0), (0, self.num_features % 2)))
+        features = jnp.pad(features, (*[(0, 0)] * timestep.ndim, (0, self.num_features % 2)))
         return self.fc2(jax.nn.silu(self.fc1(features)))
 
 
@@ -70,15 +70,18 @@ class BagelModel(nnx.Module):
         return self.connector(self.vit(patches, position_ids, length)) + self.vit_positions(position_ids)
 
     def embed_latents(self, latents: jax.Array, timestep: jax.Array, position_ids: jax.Array) -> jax.Array:
-        """Latent tokens `[B, N, C p²]` at `timestep` `[B]` (0: clean), position rows `[N]` -> `[B, N, D]`."""
-        return self.latent_in(latents) + self.time_embed(timestep)[:, None] + self.latent_positions(position_ids)
+        """Latent tokens `[B, N, C p²]` at `timestep` (0: clean), with rows of the position table -> `[B, N, D]`.
+
+        `timestep` is `[B, N]`, or `[B, 1]` for one a row; `position_ids` `[N]` or `[B, N]`.
+        """
+        return self.latent_in(latents) + self.time_embed(timestep) + self.latent_positions(position_ids)
 
     def latent_block(
         self, latents: jax.Array, timestep: jax.Array, position_ids: jax.Array, markers: jax.Array
     ) -> Block:
-        """`embed_latents` between the embeddings of the two `markers` `[2]` (token ids): a block of B rows."""
+        """`embed_latents`, `timestep` `[B]`, between the embeddings of the two `markers` `[2]` (token ids)."""
         und = jnp.broadcast_to(self.trunk.embed(markers), (latents.shape[0], 2, self.config.trunk.hidden_size))
-        return Block(und, self.embed_latents(latents, timestep, position_ids))
+        return Block(und, self.embed_latents(latents, timestep[:, None], position_ids))
 
     def velocity(
         self,

@@ -56,7 +56,7 @@ def stack(make, num_layers: int, rngs: nnx.Rngs):
     return stacked(rngs)
 
 
-def scan_layers(layers, step, carry, per_layer=None):
+def scan_layers(layers, step, carry, per_layer=None, *, remat: bool = False):
     """Runs `carry, out = step(layer, carry, x)` over stacked `layers` with `lax.scan`.
 
     Args:
@@ -64,6 +64,7 @@ def scan_layers(layers, step, carry, per_layer=None):
         step: called with one layer's module, the carry, and that layer's slice of `per_layer`.
         carry: anything; passed from layer to layer.
         per_layer: a pytree whose leaves have a leading axis L.
+        remat: under a gradient, keep only the carry of each layer and compute the rest again.
 
     Returns:
         The last carry, and the outputs stacked on a leading axis L.
@@ -74,4 +75,4 @@ def scan_layers(layers, step, carry, per_layer=None):
         layer_params, x = xs
         return step(nnx.merge(graph, layer_params), carry, x)
 
-    return jax.lax.scan(body, carry, (params, per_layer))
+    return jax.lax.scan(jax.checkpoint(body) if remat else body, carry, (params, per_layer))

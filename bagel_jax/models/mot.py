@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 
 from bagel_jax.config import TrunkConfig
-from bagel_jax.models.attention import KV, attend
+from bagel_jax.models.attention import KV, Sight, attend, attend_packed
 from bagel_jax.models.layers import ACTIVATIONS, linear, precision, rms_norm, scan_layers, stack
 
 
@@ -115,6 +115,14 @@ class Layer(nnx.Module):
         markers = jnp.concatenate([out[:, :1], out[:, -1:]], axis=1)
         return Block(self.und.finish(x.und, markers), self.gen.finish(x.gen, out[:, 1:-1])), KV(k, v)
 
+    def packed(self, x: Block, cos, sin, sight: Sight) -> Block:
+        """One layer over rows of packed samples, the tokens of `und` before those of `gen`."""
+        size = x.und.shape[1]
+        mine = [self.und.qkv(x.und, cos[:, :size], sin[:, :size]), self.gen.qkv(x.gen, cos[:, size:], sin[:, size:])]
+        q, k, v = (jnp.concatenate(both, axis=1) for both in zip(*mine, strict=True))
+        out = jax.vmap(attend_packed)(q, KV(k, v), sight)
+        return Block(self.und.finish(x.und, out[:, :size]), self.gen.finish(x.gen, out[:, size:]))
+
 
 def _between(markers, latents):
     """`[B, 2, ...]` and `[B, N, ...]` -> `[B, N + 2, ...]`: start marker, latents, end marker."""
@@ -154,6 +162,25 @@ class MoT(nnx.Module):
 
         x, fresh = scan_layers(self.layers, step, x, prefix.caches)
         return Block(self.norm(x.und), None if x.gen is None else self.norm_gen(x.gen)), fresh
+
+    def packed(self, x: Block, positions: jax.Array, sight: Sight, *, remat: bool = False) -> Block:
+        """All layers over rows that hold several samples each, for training.
+
+        Attention does not mind in which order its keys stand, so each row's understanding tokens come first and its
+        generation tokens after them, whatever their places in their samples; `sight` knows those.
+
+        Args:
+            x: embedded tokens, `und` `[B, T, D]` and `gen` `[B, N, D]`, both there.
+            positions: RoPE positions, `[B, T + N]`.
+            sight: who sees whom, fields `[B, T + N]`.
+            remat: see `scan_layers`.
+
+        Returns:
+            The normed hidden states.
+        """
+        cos, sin = rotary(positions, self.config.head_dim, self.config.rope_theta)
+        x, _ = scan_layers(self.layers, lambda layer, x, _: (layer.packed(x, cos, sin, sight), None), x, remat=remat)
+        return Block(self.norm(x.und), self.norm_gen(x.gen))
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """`[..., D]` (from `__call__`) -> `[..., V]` float32."""

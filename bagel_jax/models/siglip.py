@@ -5,6 +5,7 @@ Source: official `modeling/bagel/siglip_navit.py` with `rope=False`, as its `app
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from bagel_jax.config import VitConfig
-from bagel_jax.models.attention import KV, attend
+from bagel_jax.models.attention import KV, Sight, attend, attend_packed
 from bagel_jax.models.layers import ACTIVATIONS, layer_norm, linear, scan_layers, stack
 
 
@@ -28,11 +29,11 @@ class VitLayer(nnx.Module):
         self.fc1 = linear(width, c.mlp_width, dtype, rngs)
         self.fc2 = linear(c.mlp_width, width, dtype, rngs)
 
-    def __call__(self, x: jax.Array, kv_end: jax.Array) -> jax.Array:
-        """`[T, width]` -> `[T, width]`; token t sees tokens `[0, kv_end[t])`."""
+    def __call__(self, x: jax.Array, attention: Callable[[jax.Array, KV], jax.Array]) -> jax.Array:
+        """`[..., T, width]` -> the same shape; `attention` of queries and KV `[..., T, H, E]` knows who sees whom."""
         h = self.norm1(x)
-        q, k, v = (p(h).reshape(h.shape[0], self.config.num_heads, -1) for p in (self.q, self.k, self.v))
-        x = x + self.o(attend(q, KV(k, v), kv_end).reshape(x.shape))
+        q, k, v = (p(h).reshape(*h.shape[:-1], self.config.num_heads, -1) for p in (self.q, self.k, self.v))
+        x = x + self.o(attention(q, KV(k, v)).reshape(x.shape))
         h = ACTIVATIONS[self.config.activation](self.fc1(self.norm2(x)))
         return x + self.fc2(h)
 
@@ -57,7 +58,24 @@ class SigLIP(nnx.Module):
         Returns:
             `[T, width]`.
         """
-        x = self.patch_embed(patches) + self.positions(position_ids)
         kv_end = jnp.full((patches.shape[0],), length, jnp.int32)
-        x, _ = scan_layers(self.layers, lambda layer, x, _: (layer(x, kv_end), None), x)
+        return self._run(patches, position_ids, lambda q, kv: attend(q, kv, kv_end))
+
+    def packed(self, patches: jax.Array, position_ids: jax.Array, sight: Sight, *, remat: bool = False) -> jax.Array:
+        """Rows of several pictures each, for training.
+
+        Args:
+            patches: `[B, T, patch * patch * channels]`, as above.
+            position_ids: `[B, T]` int32.
+            sight: who sees whom, fields `[B, T]`.
+            remat: see `scan_layers`.
+
+        Returns:
+            `[B, T, width]`.
+        """
+        return self._run(patches, position_ids, lambda q, kv: jax.vmap(attend_packed)(q, kv, sight), remat=remat)
+
+    def _run(self, patches, position_ids, attention, *, remat=False):
+        x = self.patch_embed(patches) + self.positions(position_ids)
+        x, _ = scan_layers(self.layers, lambda layer, x, _: (layer(x, attention), None), x, remat=remat)
         return self.post_norm(x)
