@@ -20,6 +20,13 @@ from bagel_jax.models.weights import Weights, abstract_weights, fill, flatten
 
 _NUMPY = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
+ShardingOf = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
+
+
+def on_default_device(path: str, shape: tuple[int, ...]) -> jax.sharding.Sharding:
+    """Every parameter whole on the first device."""
+    return jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
 
 @dataclass
 class Report:
@@ -111,19 +118,21 @@ class PublishedCheckpoint:
         with self.files.reading() as read:
             return jax.make_array_from_callback(target.shape, sharding, partial(part, read))
 
-    def load(self, dtype, progress: Callable[[int, int], None] | None = None) -> Weights:
-        """All weights in `dtype`, on the default device.
+    def load(
+        self, dtype, progress: Callable[[int, int], None] | None = None, sharding: ShardingOf = on_default_device
+    ) -> Weights:
+        """All weights in `dtype`.
 
         Args:
             dtype: jax dtype of every parameter.
             progress: called as `progress(parameters done, of how many)`.
+            sharding: where a parameter of a path and shape goes.
         """
-        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         arrays = {}
         if progress is not None:
             progress(0, len(self.targets))
         for target in self.targets:
-            arrays[target.path] = self.read(target, jnp.dtype(dtype), sharding)
+            arrays[target.path] = self.read(target, jnp.dtype(dtype), sharding(target.path, target.shape))
             if progress is not None:
                 progress(len(arrays), len(self.targets))
         return fill(abstract_weights(self.config, dtype), arrays)

@@ -200,8 +200,9 @@ def _vit(vit: _Json, shapes: Shapes) -> VitConfig:
 
 def _autoencoder(shapes: Shapes, stated: _Json) -> AutoencoderConfig:
     base, image_channels = _shape(shapes, "encoder.conv_in.weight", 4)[:2]
-    levels = max(1, _count(shapes, r"encoder\.down\.(\d+)\."))
-    widths = tuple(_shape(shapes, f"encoder.down.{i}.block.0.conv1.weight", 4)[0] for i in range(levels))
+    # The decoder has a block more on each level than the encoder, which may have none and so tell nothing.
+    levels = max(1, _count(shapes, r"decoder\.up\.(\d+)\."))
+    widths = tuple(_shape(shapes, f"decoder.up.{i}.block.0.conv1.weight", 4)[0] for i in range(levels))
     for width in (base, *widths):
         if width % NORM_GROUPS:
             raise InputError(f"the autoencoder has a width of {width}; it must be a multiple of {NORM_GROUPS}")
@@ -209,7 +210,7 @@ def _autoencoder(shapes: Shapes, stated: _Json) -> AutoencoderConfig:
         image_channels=image_channels,
         base_width=base,
         widths=widths,
-        num_res_blocks=_count(shapes, r"encoder\.down\.\d+\.block\.(\d+)\."),
+        num_res_blocks=_count(shapes, r"decoder\.up\.\d+\.block\.(\d+)\.") - 1,
         latent_channels=_shape(shapes, "decoder.conv_in.weight", 4)[1],
         scale_factor=stated.get("scale_factor", float, _SCALE_FACTOR),
         shift_factor=stated.get("shift_factor", float, _SHIFT_FACTOR, signed=True),

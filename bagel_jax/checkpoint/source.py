@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bagel_jax.checkpoint.files import CheckpointFiles
-from bagel_jax.checkpoint.load import PublishedCheckpoint
+from bagel_jax.checkpoint.load import PublishedCheckpoint, ShardingOf, on_default_device
 from bagel_jax.checkpoint.sizes import read_config
 from bagel_jax.checkpoint.store import MANIFEST, ConvertedCheckpoint
 from bagel_jax.errors import InputError
@@ -36,6 +36,8 @@ class ModelSource:
         checkpoint.check()
         return cls(directory, checkpoint)
 
-    def load(self, dtype, progress: Callable[[int, int], None] | None = None) -> Weights:
-        """The weights in `dtype`, on the default device."""
-        return self._checkpoint.load(dtype, progress)
+    def load(
+        self, dtype, progress: Callable[[int, int], None] | None = None, sharding: ShardingOf = on_default_device
+    ) -> Weights:
+        """The weights in `dtype`; see `PublishedCheckpoint.load`."""
+        return self._checkpoint.load(dtype, progress, sharding)

@@ -8,7 +8,6 @@ written beside its place and renamed when whole, so an interrupted conversion le
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +16,8 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from bagel_jax.checkpoint.files import read_json
-from bagel_jax.checkpoint.load import PublishedCheckpoint
+from bagel_jax.checkpoint.folder import copy_small_files, written
+from bagel_jax.checkpoint.load import PublishedCheckpoint, ShardingOf, on_default_device
 from bagel_jax.checkpoint.table import COMPONENTS, resolve
 from bagel_jax.config import BagelConfig
 from bagel_jax.errors import InputError
@@ -25,7 +25,6 @@ from bagel_jax.models.weights import Weights, abstract_weights, fill, flatten
 
 MANIFEST = "bagel_jax.json"
 _FORMAT = 1
-_UNFINISHED = "unfinished"  # an empty file that marks a directory as this module's to remove
 # Arrays are cut into pieces of at most this many bytes, so that a device can read its part of one.
 _CHUNK_BYTES = 64 * 2**20
 
@@ -47,53 +46,37 @@ def convert(
         InputError: the destination is there already or cannot be made, or the source does not fit its model.
     """
     checkpoint.check()
-    if destination.exists():
-        raise InputError(f"{destination} is there already; give a directory that is not, or remove it")
-    partial = destination.with_name(destination.name + ".partial")
-    if (partial / _UNFINISHED).exists():
-        shutil.rmtree(partial)  # what an interrupted conversion left
-    elif partial.exists():
-        raise InputError(
-            f"{partial} is in the way and no interrupted conversion; remove it or give another destination"
-        )
-    try:
-        (partial / "weights").mkdir(parents=True)
-    except OSError as error:
-        raise InputError(f"{partial} cannot be made ({error.strerror}); give another destination") from None
-    (partial / _UNFINISHED).touch()
     sharding = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
     dtypes: dict[str, str] = {}
     done = 0
-    for component in COMPONENTS:
-        arrays = {}
-        for target in (t for t in checkpoint.targets if t.row.component == component):
-            kind = checkpoint.stored_dtype(target) if dtype is None else jnp.dtype(dtype)
-            arrays[target.path] = checkpoint.read(target, kind, sharding)
-            dtypes[target.path] = jnp.dtype(kind).name
-            done += 1
-            if progress is not None:
-                progress(done, len(checkpoint.targets))
-        args = ocp.args.PyTreeSave(
-            arrays, save_args=jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), arrays)
-        )
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            checkpointer.save((partial / "weights" / _folder(component)).absolute(), args)
-    for file in sorted(checkpoint.files.directory.iterdir()):
-        if file.suffix in (".json", ".txt", ".jinja", ".model") and not file.name.endswith(".index.json"):
-            shutil.copyfile(file, partial / file.name)
-    manifest = {
-        "format": _FORMAT,
-        "config": checkpoint.config.to_dict(),
-        "dtypes": dtypes,
-        "files": {
-            file.relative_to(partial).as_posix(): file.stat().st_size
-            for file in sorted((partial / "weights").rglob("*"))
-            if file.is_file()
-        },
-    }
-    (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    (partial / _UNFINISHED).unlink()
-    partial.rename(destination)
+    with written(destination) as partial:
+        (partial / "weights").mkdir()
+        for component in COMPONENTS:
+            arrays = {}
+            for target in (t for t in checkpoint.targets if t.row.component == component):
+                kind = checkpoint.stored_dtype(target) if dtype is None else jnp.dtype(dtype)
+                arrays[target.path] = checkpoint.read(target, kind, sharding)
+                dtypes[target.path] = jnp.dtype(kind).name
+                done += 1
+                if progress is not None:
+                    progress(done, len(checkpoint.targets))
+            args = ocp.args.PyTreeSave(
+                arrays, save_args=jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), arrays)
+            )
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+                checkpointer.save((partial / "weights" / _folder(component)).absolute(), args)
+        copy_small_files(checkpoint.files.directory, partial)
+        manifest = {
+            "format": _FORMAT,
+            "config": checkpoint.config.to_dict(),
+            "dtypes": dtypes,
+            "files": {
+                file.relative_to(partial).as_posix(): file.stat().st_size
+                for file in sorted((partial / "weights").rglob("*"))
+                if file.is_file()
+            },
+        }
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 
 def _folder(component: str) -> str:
@@ -117,7 +100,8 @@ class ConvertedCheckpoint:
         try:
             self.config = BagelConfig.from_dict(manifest["config"])
             files = dict(manifest["files"])
-        except (KeyError, TypeError, ValueError) as error:
+            self.dtypes = {path: jnp.dtype(name) for path, name in manifest["dtypes"].items()}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{directory / MANIFEST} is damaged ({error!r}); convert again") from None
         for name, size in files.items():
             file = directory / name
@@ -125,36 +109,48 @@ class ConvertedCheckpoint:
             if found != size:
                 raise InputError(f"{file} has {found:,} bytes; it must have {size:,}, so copy it or convert again")
 
-    def load(self, dtype, progress: Callable[[int, int], None] | None = None) -> Weights:
-        """All weights in `dtype`, on the default device.
+    def load(
+        self, dtype, progress: Callable[[int, int], None] | None = None, sharding: ShardingOf = on_default_device
+    ) -> Weights:
+        """All weights in `dtype`; see `PublishedCheckpoint.load`.
 
         Raises:
             InputError: the arrays do not fit the manifest's sizes.
         """
         weights = abstract_weights(self.config, dtype)
         leaves = flatten(weights.params)
-        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         components = {t.path: t.row.component for t in resolve({p: leaf.shape for p, leaf in leaves.items()})}
         arrays: dict[str, jax.Array] = {}
         if progress is not None:
             progress(0, len(leaves))
         for component in COMPONENTS:
             wanted = {
-                path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+                path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding(path, leaf.shape))
                 for path, leaf in leaves.items()
                 if components[path] == component
             }
-            restore = ocp.args.PyTreeRestore(wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted))
-            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-                try:
-                    found = checkpointer.restore((self.directory / "weights" / _folder(component)).absolute(), restore)
-                except Exception as error:  # Orbax and TensorStore raise all kinds
-                    reason = f"{type(error.__cause__ or error).__name__}: {error.__cause__ or error}".splitlines()[0]
-                    reason = reason.split(". See full TensorStore details")[0]
-                    raise InputError(
-                        f"the {component} weights in {self.directory} cannot be read ({reason}); convert again"
-                    ) from None
-            arrays |= found
+            arrays |= self.read(component, wanted)
             if progress is not None:
                 progress(len(arrays), len(leaves))
         return fill(weights, arrays)
+
+    def read(self, component: str, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+        """The parameters of one component.
+
+        Args:
+            component: one of `COMPONENTS`.
+            wanted: shape, dtype and sharding of each of its parameters, by dotted path.
+
+        Raises:
+            InputError: the arrays are damaged or of other shapes.
+        """
+        restore = ocp.args.PyTreeRestore(wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted))
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            try:
+                return checkpointer.restore((self.directory / "weights" / _folder(component)).absolute(), restore)
+            except Exception as error:  # Orbax and TensorStore raise all kinds
+                reason = f"{type(error.__cause__ or error).__name__}: {error.__cause__ or error}".splitlines()[0]
+                reason = reason.split(". See full TensorStore details")[0]
+                raise InputError(
+                    f"the {component} weights in {self.directory} cannot be read ({reason}); convert again"
+                ) from None

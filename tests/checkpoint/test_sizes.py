@@ -118,7 +118,12 @@ def test_full_size(tmp_path):
 
 @pytest.mark.parametrize(
     ("base", "widths", "blocks", "channels", "patch"),
-    [(32, (32, 64, 96), 1, 8, 2), (64, (32, 128), 2, 4, 4), (32, (64, 32, 32, 96), 3, 16, 1)],
+    [
+        (32, (32, 64, 96), 1, 8, 2),
+        (64, (32, 128), 2, 4, 4),
+        (32, (64, 32, 32, 96), 3, 16, 1),
+        (64, (64, 64, 64), 0, 8, 2),  # the encoder has no block that would tell its levels
+    ],
 )
 def test_autoencoder_sizes_from_tensors(header_dir, base, widths, blocks, channels, patch):
     """No file states the autoencoder's sizes; another one than FLUX's is built as its tensors are."""
@@ -165,7 +170,7 @@ def test_missing_tensor_that_tells_a_size(header_dir, name):
 
 
 @pytest.mark.parametrize(
-    "name", ["encoder.conv_in.weight", "decoder.conv_in.weight", "encoder.down.1.block.0.conv1.weight"]
+    "name", ["encoder.conv_in.weight", "decoder.conv_in.weight", "decoder.up.1.block.0.conv1.weight"]
 )
 def test_missing_autoencoder_tensor_that_tells_a_size(header_dir, name):
     """The same for the autoencoder."""
