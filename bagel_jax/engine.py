@@ -20,6 +20,7 @@ import numpy as np
 from bagel_jax.ar.stage import ContextStage, fitted
 from bagel_jax.checkpoint.source import ModelSource
 from bagel_jax.config import BagelConfig
+from bagel_jax.demo.example import MODEL
 from bagel_jax.diffusion.guidance import guidance
 from bagel_jax.diffusion.loop import Canvas, DenoiseState, decode_latents, denoise
 from bagel_jax.diffusion.schedule import schedule
@@ -82,20 +83,21 @@ class Bagel:
         self._weights: Weights | None = None
 
     @classmethod
-    def open(cls, directory: str | Path, dtype: str = "auto") -> Bagel:
+    def open(cls, directory: str | Path | None = None, dtype: str = "auto") -> Bagel:
         """A model whose weights are checked but not loaded yet.
 
         Args:
-            directory: a checkpoint in the published layout, or one that `scripts/convert_weights.py` wrote.
+            directory: a checkpoint in the published layout, or one that `scripts/convert_weights.py` wrote; None: the
+                bundled demo model.
             dtype: `auto`, `float32` or `bfloat16`.
 
         Raises:
             InputError: the directory does not hold a whole checkpoint, or a tokenizer that is not its own.
         """
-        return cls(ModelSource.open(Path(directory)), dtype)
+        return cls(ModelSource.open(MODEL if directory is None else Path(directory)), dtype)
 
     @classmethod
-    def load(cls, directory: str | Path, dtype: str = "auto", progress: Progress | None = None) -> Bagel:
+    def load(cls, directory: str | Path | None = None, dtype: str = "auto", progress: Progress | None = None) -> Bagel:
         """`open`, then the weights."""
         model = cls.open(directory, dtype)
         model.load_weights(progress)

@@ -1,4 +1,7 @@
-"""The command line: `python -m bagel_jax.run --model DIR --modality text2img --prompts "a red bench"`."""
+"""The command line: `python -m bagel_jax.run --model DIR --modality text2img --prompts "a red bench"`.
+
+With `--modality` alone it runs an example with the bundled demo model.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import argparse
 import dataclasses
 import json
 import os
+import shlex
 import sys
 import zipfile
 import zlib
@@ -17,11 +21,17 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from bagel_jax.demo.example import EXAMPLES, MODEL
 from bagel_jax.errors import InputError
 from bagel_jax.request import MODALITIES, RENORM_TYPES, Request, Result, Settings, defaults_table, open_picture
 
 # Exit codes.
 _DONE, _FAILED, _BAD_INPUT, _INTERRUPTED = 0, 1, 2, 130
+
+_DEMO_NOTE = (
+    "no --model given, so the bundled demo model (coloured shapes, 64x64) is used; for BAGEL-7B-MoT: "
+    "hf download ByteDance-Seed/BAGEL-7B-MoT --local-dir models/BAGEL-7B-MoT, then --model models/BAGEL-7B-MoT"
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -39,8 +49,15 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    p.add_argument("--model", required=True, metavar="DIR", help="a published or a converted BAGEL checkpoint")
-    p.add_argument("--modality", required=True, choices=MODALITIES, help="what goes in and what comes out")
+    p.add_argument(
+        "--model",
+        metavar="DIR",
+        help="a published or a converted BAGEL checkpoint (default: the bundled demo model of coloured shapes, "
+        "with an example for what is not given of prompts and picture)",
+    )
+    p.add_argument(
+        "--modality", required=True, choices=MODALITIES, help="what goes in and what comes out; alone: an example"
+    )
     p.add_argument("--prompts", nargs="+", action="extend", metavar="P", help="one result a prompt")
     p.add_argument("--txt-prompts", metavar="FILE", help="prompts from a file, one a line")
     p.add_argument(
@@ -80,9 +97,10 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
+    argv = sys.argv[1:] if argv is None else list(argv)
     args = parser().parse_args(argv)
     try:
-        return _run(args)
+        return _run(args, _fill_in(args, argv))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return _BAD_INPUT
@@ -91,12 +109,42 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _INTERRUPTED
 
 
-def _run(args: argparse.Namespace) -> int:
+def _fill_in(args: argparse.Namespace, argv: list[str]) -> list[str]:
+    """Without --model fills in the demo model, and its example for what is missing; returns what to tell of it."""
+    if args.model is not None:
+        return []
+    prompt, picture = EXAMPLES[args.modality]
+    args.model = _from_here(MODEL)
+    added, missing = ["--model", args.model], []
+    if picture is not None and args.image_path is None:
+        args.image_path = [_from_here(picture)]
+        added += ["--image-path", *args.image_path]
+        missing.append("picture")
+    if args.prompts is None and args.txt_prompts is None:
+        args.prompts = [prompt] * len(args.image_path or [None])
+        added += ["--prompts", *args.prompts]
+        missing.append("prompt")
+    if not missing:
+        return [_DEMO_NOTE]
+    command = shlex.join([_from_here(Path(sys.executable)), "-m", "bagel_jax.run", *added, *argv])
+    return [_DEMO_NOTE, f"no {' and no '.join(missing)} given, so the bundled example stands in; in full:\n{command}"]
+
+
+def _from_here(path: Path) -> str:
+    """A path as short as can be typed: relative if it is below the working directory."""
+    here = Path.cwd()
+    # Not for what lies right in it: a shell looks up a command without a slash elsewhere.
+    return str(path.relative_to(here) if here in path.parents[1:] else path)
+
+
+def _run(args: argparse.Namespace, notes: Sequence[str]) -> int:
     prompts = _prompts(args)
     requests = _requests(args, prompts)
     output = _output_folder(args.output)
     if all(isinstance(request, InputError) for request in requests):
         return _report_all_bad(requests)
+    for note in () if args.quiet else notes:  # before what the model may refuse, which they explain
+        print(f"note: {note}", file=sys.stderr, flush=True)
 
     from bagel_jax.engine import Bagel  # late: brings jax, and bad arguments are found without it
 
@@ -140,6 +188,8 @@ def _run(args: argparse.Namespace) -> int:
                         bars.close()
                     print(f"error: request {i} failed: {error}", file=sys.stderr)
                     record["error"], code = f"{type(error).__name__}: {error}", code or _FAILED
+                if bars is not None:
+                    bars.close()  # an answer mostly ends before its limit; the terminal's next line is for it
                 if not args.quiet and record.get("image"):
                     print(f"wrote {output / record['image']}", file=sys.stderr)
             results.write(json.dumps(record, ensure_ascii=False) + "\n")

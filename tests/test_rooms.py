@@ -12,8 +12,10 @@ PACKAGE = Path(__file__).parents[1] / "bagel_jax"
 # Which rooms a room may import, from the top floor down; errors is open to all.
 MAY_IMPORT = {
     "__init__": {"engine", "request"},
-    "run": {"engine", "request"},
-    "engine": {"ar", "diffusion", "handoff", "checkpoint", "models", "inputs", "request", "config"},
+    "run": {"engine", "demo", "request"},
+    "engine": {"demo", "ar", "diffusion", "handoff", "checkpoint", "models", "inputs", "request", "config"},
+    "train": {"checkpoint", "models", "inputs", "request", "config", "parallel"},
+    "demo": {"inputs"},
     "ar": {"inputs", "models"},
     "diffusion": {"request", "handoff", "models"},
     "handoff": {"models"},
@@ -21,6 +23,7 @@ MAY_IMPORT = {
     "models": {"config"},
     "inputs": {"request", "config"},
     "request": {"config"},
+    "parallel": set(),
     "config": set(),
     "errors": set(),
 }
