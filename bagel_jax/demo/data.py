@@ -1,7 +1,7 @@
 """Writes a training set of the demo world.
 
     python -m bagel_jax.demo.data DIR                    the world: 30000 edits, 60000 pictures
-    python -m bagel_jax.demo.data DIR --new-color pink   ten pictures of a colour that the world has not
+    python -m bagel_jax.demo.data DIR --new-color pink   ten pictures of a colour that the world has not, and 250 of it
 
 A file of records for each task, and `train.jsonl`, a mixture of all. A record is one line of JSON,
 `{"segments": [...]}`, and a segment one of
@@ -56,7 +56,9 @@ from bagel_jax.inputs.prepare import THINK_PROMPTS
 PAIRS = 30000
 # The tasks, each with its part of `train.jsonl`.
 SHARES = {"see": 0.25, "caption": 0.1, "img2img": 0.25, "text2img": 0.25, "think": 0.08, "text2text": 0.07}
+HARDEST = "star"  # to draw; its pictures stand in files of their own as well, to be shown more often
 NEW_COLOR_PICTURES = 10
+KNOWN_PICTURES = 250
 
 _NAMELESS = 0.35  # of shapes, and of grounds, that have a colour without a name
 _QUESTIONS = 3  # of one picture, at most, in one record
@@ -112,7 +114,7 @@ def write(directory: Path, count: int = PAIRS, seed: int = 0, *, progress: bool 
     check_whole("pairs", count, 1)
     check_whole("seed", seed, 0)
     rng = Random(f"records {seed}")
-    tasks: dict[str, list[str]] = {task: [] for task in SHARES}
+    tasks: dict[str, list[str]] = {task: [] for task in (*SHARES, f"img2img_{HARDEST}", f"text2img_{HARDEST}")}
 
     def add(task: str, *segments: dict[str, Any]) -> None:
         tasks[task].append(_line(segments))
@@ -120,7 +122,10 @@ def write(directory: Path, count: int = PAIRS, seed: int = 0, *, progress: bool 
     for i, (before, edit, after) in enumerate(tqdm(pairs(count, seed), total=count, disable=not progress, unit="pair")):
         numbered = ((2 * i, before), (2 * i + 1, after))
         files = [_write_picture(directory, f"{n // _FOLDER:02d}/{n:05d}", scene) for n, scene in numbered]
-        add("img2img", _seen(files[0], "both"), _text(_form(edit.forms, rng)), _made(files[1]))
+        change = _seen(files[0], "both"), _text(_form(edit.forms, rng)), _made(files[1])
+        add("img2img", *change)
+        if after.shape == HARDEST:
+            add(f"img2img_{HARDEST}", *change)
         for file, scene in zip(files, (before, after), strict=True):
             c = scene.combination
             asked = {kind: q for kind, q in QUESTIONS.items() if kind != "caption" and q.answer(c) is not None}
@@ -134,6 +139,8 @@ def write(directory: Path, count: int = PAIRS, seed: int = 0, *, progress: bool 
                 question = QUESTIONS["caption"]
                 add("caption", _seen(file, "vit"), _text(_form(question.forms, rng)), _answer(question.answer(c)))
                 add("text2img", _text(_form(prompts(c), rng)), _made(file))
+                if c.shape == HARDEST:
+                    add(f"text2img_{HARDEST}", _text(caption(c)), _made(file))
                 system = _text(THINK_PROMPTS["picture"]) | {"drop": False}
                 add("think", system, _text(caption(c)), _answer(plan(c)), _made(file))
     for _ in range(_FACT_REPEATS):
@@ -147,17 +154,26 @@ def write(directory: Path, count: int = PAIRS, seed: int = 0, *, progress: bool 
 
 
 def write_new_color(directory: Path, name: str, seed: int = 0) -> dict[str, int]:
-    """Writes `<name>.jsonl`, ten captions with their pictures; returns the number of records by file.
+    """Writes `<name>.jsonl`, ten captions with their pictures, and `known.jsonl`; returns the records by file.
+
+    `known.jsonl` has pictures of the world as it is, for a model that learns the colour not to forget the rest while
+    it does (the prior preservation of DreamBooth, https://arxiv.org/abs/2208.12242).
 
     Raises:
         InputError: there is no such new colour, or the directory cannot be made.
     """
-    lines = []
-    for i, scene in enumerate(new_color_scenes(name, seed)):
-        file = _write_picture(directory, f"{name}/{i}", scene)
-        lines.append(_line((_text(caption(scene.combination)), _made(file))))
-    _write_lines(directory / f"{name}.jsonl", lines)
-    return {name: len(lines)}
+    rng = Random(f"known {seed}")
+    trained = [c for c in COMBINATIONS if not held_out(*c)]
+    known = [Scene.of(rng.choice(trained), rng) for _ in range(KNOWN_PICTURES)]
+    counts = {}
+    for task, scenes in ((name, new_color_scenes(name, seed)), ("known", known)):
+        lines = []
+        for i, scene in enumerate(scenes):
+            file = _write_picture(directory, f"{task}/{i}", scene)
+            lines.append(_line((_text(caption(scene.combination)), _made(file))))
+        _write_lines(directory / f"{task}.jsonl", lines)
+        counts[task] = len(lines)
+    return counts
 
 
 def _mixture(tasks: dict[str, list[str]], rng: Random) -> list[str]:

@@ -22,6 +22,7 @@ _LOGICAL: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"trunk\.layers\..*\.down\.kernel", ("mlp", "embed")),
     (r"trunk\.layers\..*\.lora_a", ("embed", None)),
     (r"trunk\.layers\..*\.lora_b", (None, "embed")),
+    (r"vit\.layers\.fc2\.kernel", ("mlp", "embed")),
     (r"vit\.layers\..*\.kernel", ("embed", None)),
     (r"(connector|time_embed)\..*\.kernel", (None, "embed")),
     (r"latent_in\.kernel", (None, "embed")),

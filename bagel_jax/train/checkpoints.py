@@ -7,6 +7,7 @@ from typing import Any
 
 import grain
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from bagel_jax.errors import InputError
@@ -40,12 +41,13 @@ class TrainCheckpoints:
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=grain.checkpoint.CheckpointSave(batches))
         self._manager.save(step, args=args, force=last)
 
-    def restore(self, abstract: Any, batches: grain.DatasetIterator) -> TrainState:
+    def restore(self, abstract: TrainState, batches: grain.DatasetIterator) -> TrainState:
         """The latest state, laid out as `abstract`; `batches` goes on where it was.
 
         Raises:
-            InputError: the checkpoint is of another model or optimiser.
+            InputError: the checkpoint is of another model, or of batches that were made in another way.
         """
+        self._check({name: array.shape for name, array in abstract.trainable.items()})
         args = ocp.args.Composite(
             state=ocp.args.StandardRestore(abstract), data=grain.checkpoint.CheckpointRestore(batches)
         )
@@ -53,14 +55,35 @@ class TrainCheckpoints:
             return self._manager.restore(self.latest, args=args)["state"]
         except (ValueError, KeyError) as error:
             raise InputError(
-                f"the training checkpoint {self.latest} in {self._manager.directory} does not fit this configuration "
-                f"({str(error).splitlines()[0]}); use another output folder"
+                f"the training checkpoint {self.latest} in {self._manager.directory} cannot be gone on from "
+                f"({str(error).splitlines()[0]}); leave objective.kind, data.sources and data.workers as they were, or "
+                "use another output folder"
             ) from None
 
-    def restore_average(self) -> dict[str, jax.Array]:
-        """The averaged weights of the latest checkpoint, as NumPy arrays by path."""
-        restored = self._manager.restore(self.latest, args=ocp.args.Composite(state=ocp.args.StandardRestore()))
-        return restored["state"]["ema"]
+    def _check(self, wanted: dict[str, tuple[int, ...]]) -> None:
+        """That what is trained is what the latest checkpoint holds; Orbax would tell it in hundreds of lines."""
+        stored = {name: tuple(array.shape) for name, array in self._stored()["trainable"].items()}
+        for name in sorted(stored | wanted):
+            if stored.get(name) != wanted.get(name):
+                theirs, ours = (
+                    f"with shape {list(shapes[name])}" if name in shapes else "not at all"
+                    for shapes in (stored, wanted)
+                )
+                raise InputError(
+                    f"the training checkpoint {self.latest} in {self._manager.directory} has {name} {theirs}, and this "
+                    f"configuration trains it {ours}; use another output folder"
+                )
+
+    def _stored(self) -> Any:
+        """Shapes in the latest checkpoint, a tree as `TrainState`."""
+        return ocp.StandardCheckpointHandler().metadata(self._manager.directory / str(self.latest) / "state")
+
+    def restore_average(self) -> dict[str, np.ndarray]:
+        """The averaged weights of the latest checkpoint by path, on whatever devices it was written."""
+        item = {"ema": dict.fromkeys(self._stored()["ema"], 0)}
+        kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+        args = ocp.args.PyTreeRestore(item=item, restore_args=kinds, partial_restore=True)
+        return self._manager.restore(self.latest, args=ocp.args.Composite(state=args))["state"]["ema"]
 
     def close(self) -> None:
         """Waits until everything is written."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -156,7 +157,27 @@ def read_train_config(path: Path) -> TrainConfig:
     except msgspec.ValidationError as error:
         raise InputError(f"{path}: {str(error)[0].lower()}{str(error)[1:]}; see bagel_jax/train/config.py") from None
     _check(path, config)
+    for name, value in _values(data):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"{path}: {name} is {value}; it must be finite")
+    if config.model.sizes is not None:  # msgspec lets unknown fields of a dataclass pass
+        known = dict(_values(config.model.sizes.to_dict()))
+        unknown = [name for name, _ in _values(data["model"]["sizes"]) if name not in known]
+        if unknown:
+            raise InputError(f"{path}: model.sizes.{unknown[0]} is unknown; see bagel_jax/config.py")
     return config
+
+
+def _values(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Whole name and value of everything in tables of tables."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _values(inner, f"{name}.{key}" if name else key)
+    elif isinstance(value, list | tuple):
+        for i, inner in enumerate(value):
+            yield from _values(inner, f"{name}[{i}]")
+    else:
+        yield name, value
 
 
 def _check(path: Path, c: TrainConfig) -> None:
@@ -170,5 +191,3 @@ def _check(path: Path, c: TrainConfig) -> None:
         raise InputError(
             f"{path}: optimizer.warmup_steps is {c.optimizer.warmup_steps}; it must be below run.steps, {c.run.steps}"
         )
-    if not math.isfinite(c.optimizer.learning_rate):
-        raise InputError(f"{path}: optimizer.learning_rate is {c.optimizer.learning_rate}; it must be finite")

@@ -31,6 +31,9 @@ from bagel_jax.train.config import DataTable, ObjectiveTable
 from bagel_jax.train.latents import LatentStore
 from bagel_jax.train.packing import Dropped, Part, Sample, TextPart, VaePart, VitPart, lay_out, pack
 
+# So many samples, one after the other, that are longer than a row end a run.
+_TOO_LONG = 1000
+
 
 class Records:
     """The lines of a JSONL file by number, for grain.
@@ -63,10 +66,8 @@ class Records:
 
     def _check(self, index: int) -> None:
         try:
-            good = all(
-                isinstance(s.get("text"), str) or (isinstance(s.get("image"), str) and _role(s) is not None)
-                for s in json.loads(self._lines[index])["segments"]
-            )
+            segments = json.loads(self._lines[index])["segments"]
+            good = isinstance(segments, list) and len(segments) > 0 and all(map(_is_segment, segments))
         except (ValueError, KeyError, TypeError, AttributeError):
             good = False
         if not good:
@@ -83,6 +84,12 @@ class Records:
                 if "image" in segment and (_role(segment) != "vit" or segment["image"] not in found):
                     found[segment["image"]] = "vit" if _role(segment) == "vit" else "vae"
         return found
+
+
+def _is_segment(s) -> bool:
+    flags_are_bool = all(isinstance(s.get(name, True), bool) for name in ("target", "drop"))
+    is_picture = isinstance(s.get("image"), str) and _role(s) is not None
+    return flags_are_bool and (isinstance(s.get("text"), str) or is_picture)
 
 
 def _role(segment) -> str | None:
@@ -225,13 +232,22 @@ class _FirstFitIterator(grain.DatasetIterator):
         room = np.tile([self._places[kind] for kind in kinds], (self._rows, 1))
         whole = room[0].copy()
         rows: list[list[Sample]] = [[] for _ in range(self._rows)]
+        passed_over = 0
         while True:
             before = self._start if self._carried is not None else self._parent.get_state()
             sample = self._carried if self._carried is not None else next(self._parent)
             self._carried = None
             size = np.array([len(sample[kind]) for kind in kinds])
             if (size > whole).any():
+                passed_over += 1
+                if passed_over == _TOO_LONG:
+                    asked = ", ".join(f"{n} {kind}_tokens" for kind, n in zip(kinds, size.tolist(), strict=True))
+                    raise InputError(
+                        f"{_TOO_LONG} samples in a row do not fit into any row; the last one needs {asked}, and data "
+                        f"has {', '.join(f'{n} {kind}_tokens' for kind, n in self._places.items())}"
+                    )
                 continue
+            passed_over = 0
             fits = (room >= size).all(axis=1)
             if not fits.any():
                 self._carried, self._start = sample, before

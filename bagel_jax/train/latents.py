@@ -16,12 +16,14 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
+from bagel_jax.config import BagelConfig
 from bagel_jax.inputs.pictures import prepare_picture
 from bagel_jax.models.weights import Weights, flatten
 from bagel_jax.request import open_picture
 
 _INDEX = "index.json"
-_PIXELS = 2**22  # encoded at a time
+_PIXELS = 2**18  # encoded at a time,
+_MOST = 64  # and in so many pictures, for each makes the program longer
 _READ_AHEAD = 64  # pictures
 
 
@@ -55,7 +57,9 @@ def moments(graph, params, pixels):
     return jnp.stack([mean, jnp.exp(0.5 * log_variance)], axis=-2).astype(jnp.float16)
 
 
-def encode_pictures(paths: Sequence[str], weights: Weights, config, cache: Path, *, quiet: bool = False) -> LatentStore:
+def encode_pictures(
+    paths: Sequence[str], weights: Weights, config: BagelConfig, cache: Path, *, quiet: bool = False
+) -> LatentStore:
     """Encodes every picture that is not in the cache yet.
 
     A shape is compiled once, so pictures of a few sizes are encoded fast and of a thousand slowly.
@@ -64,17 +68,20 @@ def encode_pictures(paths: Sequence[str], weights: Weights, config, cache: Path,
         paths: the pictures.
         weights: the model; its autoencoder is used.
         config: the model's sizes.
-        cache: folder to keep them in; each autoencoder has its own subfolder.
+        cache: folder to keep them in; each autoencoder and size of pictures has its own subfolder.
         quiet: no progress bar.
 
     Raises:
         InputError: a picture cannot be read.
     """
-    folder = cache / _fingerprint(weights)
+    folder = cache / _fingerprint(weights, config)
     folder.mkdir(parents=True, exist_ok=True)
     known = json.loads((folder / _INDEX).read_text()) if (folder / _INDEX).exists() else {}
     keys = {path: f"{path}:{Path(path).stat().st_mtime_ns}" for path in paths if Path(path).is_file()}
     missing = [path for path in paths if keys.get(path) not in known]
+
+    def batch(shape):
+        return max(1, min(_MOST, len(missing), _PIXELS // (shape[0] * shape[1])))
 
     def read(path):
         return prepare_picture(open_picture(path), config).vae_pixels
@@ -85,7 +92,7 @@ def encode_pictures(paths: Sequence[str], weights: Weights, config, cache: Path,
 
     def flush(shape):
         some = waiting.pop(shape)
-        pixels = np.zeros((_batch(shape), *shape), np.float32)
+        pixels = np.zeros((batch(shape), *shape), np.float32)
         pixels[: len(some)] = [p for _, p in some]
         out = np.asarray(moments(weights.graph, weights.params, pixels))[: len(some)]
         found.setdefault(f"{shape[0]}x{shape[1]}", []).append(out)
@@ -96,7 +103,7 @@ def encode_pictures(paths: Sequence[str], weights: Weights, config, cache: Path,
             some = missing[start : start + _READ_AHEAD]
             for path, array in zip(some, pool.map(read, some), strict=True):
                 waiting.setdefault(array.shape, []).append((path, array))
-                if len(waiting[array.shape]) == _batch(array.shape):
+                if len(waiting[array.shape]) == batch(array.shape):
                     flush(array.shape)
                 bar.update()
     for shape in list(waiting):
@@ -105,16 +112,14 @@ def encode_pictures(paths: Sequence[str], weights: Weights, config, cache: Path,
         file = f"{shape}.{len(list(folder.glob(f'{shape}.*.npy')))}.npy"
         np.save(folder / file, np.concatenate(parts))
         known |= {keys[path]: (file, row) for row, path in enumerate(names[shape])}
-    (folder / _INDEX).write_text(json.dumps(known))
+    unfinished = folder / f"{_INDEX}.unfinished"
+    unfinished.write_text(json.dumps(known))
+    unfinished.replace(folder / _INDEX)  # whole or not at all
     return LatentStore(folder, {path: tuple(known[keys[path]]) for path in paths})
 
 
-def _batch(shape: tuple[int, ...]) -> int:
-    return max(1, _PIXELS // (shape[0] * shape[1] * 16))
-
-
-def _fingerprint(weights: Weights) -> str:
-    digest = hashlib.sha256()
+def _fingerprint(weights: Weights, config: BagelConfig) -> str:
+    digest = hashlib.sha256(repr(config.vae_transform).encode())  # pictures are resized before they are encoded
     for name, array in sorted(flatten(weights.params).items()):
         if name.startswith("autoencoder.encoder"):
             digest.update(name.encode() + np.asarray(array, np.float32).tobytes())

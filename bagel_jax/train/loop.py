@@ -51,8 +51,6 @@ def train(c: TrainConfig, config_file: Path, *, quiet: bool = False) -> TrainSta
     """
     output = Path(c.output)
     output.mkdir(parents=True, exist_ok=True)
-    if not (output / CONFIG_COPY).exists() or not config_file.samefile(output / CONFIG_COPY):
-        shutil.copyfile(config_file, output / CONFIG_COPY)
     mesh = make_mesh(c.mesh.data, c.mesh.fsdp)
     if c.data.rows % mesh.size:
         raise InputError(f"data.rows is {c.data.rows}; it must be a multiple of the {mesh.size} devices")
@@ -67,6 +65,9 @@ def train(c: TrainConfig, config_file: Path, *, quiet: bool = False) -> TrainSta
     if checkpoints.latest is not None:
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
         state = checkpoints.restore(abstract, batches)
+    # Not before: the copy is what the checkpoints are exported by.
+    if not (output / CONFIG_COPY).exists() or not config_file.samefile(output / CONFIG_COPY):
+        shutil.copyfile(config_file, output / CONFIG_COPY)
     done = int(state.step)
     peak = c.run.peak_tflops or peak_tflops()
     metrics = Metrics(

@@ -40,14 +40,15 @@ def trained(run: Path) -> tuple[Weights, Start]:
     if not is_run(run):
         raise InputError(f"{run} is no training run; it must hold {CONFIG_COPY} and {CHECKPOINTS}/")
     c = read_train_config(run / CONFIG_COPY)
-    start = make_start(c, make_mesh(c.mesh.data, c.mesh.fsdp))
+    start = make_start(c, make_mesh())  # the run's own mesh may be another machine's
     checkpoints = TrainCheckpoints(run / CHECKPOINTS)
     if checkpoints.latest is None:
         raise InputError(f"{run / CHECKPOINTS} holds no checkpoint yet; train until the first is saved")
     average = checkpoints.restore_average()
     checkpoints.close()
     params = merge_adapters(c.lora, start.frozen, average) if c.lora is not None else start.frozen | average
-    weights = fill(abstract_weights(start.config, jnp.float32), {k: jnp.asarray(v) for k, v in params.items()})
+    params = {path: jnp.asarray(array) for path, array in params.items()}
+    weights = fill(abstract_weights(start.config, jnp.float32), params)
     if c.objective.kind == "autoencoder" and c.objective.normalize:
         deviation = _latent_deviation(c, start, weights)
         scaled = normalized(params, deviation, start.config.autoencoder.scale_factor)

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from bagel_jax.checkpoint.source import ModelSource
 from bagel_jax.checkpoint.table import resolve
 from bagel_jax.config import BagelConfig
+from bagel_jax.errors import InputError
 from bagel_jax.inputs.tokenizer import Tokenizer
 from bagel_jax.models.bagel import BagelModel
 from bagel_jax.models.weights import Weights, abstract_weights, fill, flatten
@@ -52,7 +53,7 @@ def make_start(c: TrainConfig, mesh: Mesh, frozen_dtype=jnp.float32) -> Start:
         frozen_dtype: of what is frozen, but for the autoencoder; the rest is float32.
 
     Raises:
-        InputError: there is no checkpoint or tokenizer where the configuration says.
+        InputError: there is no checkpoint or tokenizer where the configuration says, or nothing is left to train.
     """
 
     def place(path, shape):
@@ -67,6 +68,8 @@ def make_start(c: TrainConfig, mesh: Mesh, frozen_dtype=jnp.float32) -> Start:
         params = {k: jax.device_put(v, place(k, v.shape)) for k, v in _fresh(config, c.seed).items()}
     tokenizer = Tokenizer(folder)
     chosen = trainable_paths(c, {path: array.shape for path, array in params.items()})
+    if not chosen and c.lora is None:
+        raise InputError(f"model.freeze is {', '.join(c.model.freeze)} and leaves nothing to train; take something out")
     trainable = {k: params.pop(k) for k in chosen}
     if c.lora is not None:
         adapters = init_adapters(c.lora, params, c.seed)

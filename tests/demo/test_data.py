@@ -192,6 +192,10 @@ def test_new_color(tmp_path, capsys):
             assert np.array_equal(np.asarray(image), world.draw(scene))
     assert {scene.shape for scene in scenes} == set(SHAPES)
     assert {scene.combination.ground for scene in scenes} == set(world.COLORS)
+    known = [json.loads(line)["segments"][0]["text"] for line in (tmp_path / "known.jsonl").open(encoding="utf-8")]
+    trained = {world.caption(c) for c in world.COMBINATIONS if not world.held_out(*c)}
+    assert len(known) == data.KNOWN_PICTURES
+    assert set(known) <= trained
 
 
 def test_pink_is_in_no_training_picture():

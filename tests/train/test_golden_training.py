@@ -14,7 +14,6 @@ from bagel_jax.checkpoint.source import ModelSource
 from bagel_jax.train.objective import loss, token_losses
 from bagel_jax.train.packing import Batch, TextPart, VaePart, VitPart, lay_out, pack
 
-
 DATA = Path(__file__).parents[1] / "data"
 
 
