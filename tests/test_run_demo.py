@@ -127,7 +127,7 @@ def test_example_with_other_options(cli, tmp_path):
     [record] = ran.records
     assert (record["prompt"], record["seed"], record["settings"]["steps"]) == (RED_CIRCLE, 7, 3)
     assert record["text"]
-    assert ran.latents().shape == (64, 64)
+    assert ran.latents().shape == (16, 64)
     arguments = command(ran)
     assert all(option in arguments for option in options)
     picture = ran.picture()
@@ -188,7 +188,7 @@ def test_refusals(cli, tmp_path):
     ran = cli("--modality", "text2img", "--height", 1024)
     assert ran.code == 2
     assert ran.err.startswith(NOTE + "\n")
-    assert ran.err.splitlines()[-1] == "error: height is 1024; it must be a multiple of 8 and at most 64 for this model"
+    assert ran.err.splitlines()[-1] == "error: height is 1024; it must be a multiple of 16 and at most 64 for this model"
     # What is wrong whatever the model is one sentence, as ever.
     ran = cli("--modality", "img2img", "--steps", 1)
     assert ran.code == 2

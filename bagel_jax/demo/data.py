@@ -56,7 +56,6 @@ from bagel_jax.inputs.prepare import THINK_PROMPTS
 PAIRS = 30000
 # The tasks, each with its part of `train.jsonl`.
 SHARES = {"see": 0.25, "caption": 0.1, "img2img": 0.25, "text2img": 0.25, "think": 0.08, "text2text": 0.07}
-HARDEST = "star"  # to draw; its pictures stand in files of their own as well, to be shown more often
 NEW_COLOR_PICTURES = 10
 KNOWN_PICTURES = 250
 
@@ -114,7 +113,7 @@ def write(directory: Path, count: int = PAIRS, seed: int = 0, *, progress: bool 
     check_whole("pairs", count, 1)
     check_whole("seed", seed, 0)
     rng = Random(f"records {seed}")
-    tasks: dict[str, list[str]] = {task: [] for task in (*SHARES, f"img2img_{HARDEST}", f"text2img_{HARDEST}")}
+    tasks: dict[str, list[str]] = {task: [] for task in SHARES}
 
     def add(task: str, *segments: dict[str, Any]) -> None:
         tasks[task].append(_line(segments))
@@ -122,10 +121,7 @@ def write(directory: Path, count: int = PAIRS, seed: int = 0, *, progress: bool 
     for i, (before, edit, after) in enumerate(tqdm(pairs(count, seed), total=count, disable=not progress, unit="pair")):
         numbered = ((2 * i, before), (2 * i + 1, after))
         files = [_write_picture(directory, f"{n // _FOLDER:02d}/{n:05d}", scene) for n, scene in numbered]
-        change = _seen(files[0], "both"), _text(_form(edit.forms, rng)), _made(files[1])
-        add("img2img", *change)
-        if after.shape == HARDEST:
-            add(f"img2img_{HARDEST}", *change)
+        add("img2img", _seen(files[0], "both"), _text(_form(edit.forms, rng)), _made(files[1]))
         for file, scene in zip(files, (before, after), strict=True):
             c = scene.combination
             asked = {kind: q for kind, q in QUESTIONS.items() if kind != "caption" and q.answer(c) is not None}
@@ -139,8 +135,6 @@ def write(directory: Path, count: int = PAIRS, seed: int = 0, *, progress: bool 
                 question = QUESTIONS["caption"]
                 add("caption", _seen(file, "vit"), _text(_form(question.forms, rng)), _answer(question.answer(c)))
                 add("text2img", _text(_form(prompts(c), rng)), _made(file))
-                if c.shape == HARDEST:
-                    add(f"text2img_{HARDEST}", _text(caption(c)), _made(file))
                 system = _text(THINK_PROMPTS["picture"]) | {"drop": False}
                 add("think", system, _text(caption(c)), _answer(plan(c)), _made(file))
     for _ in range(_FACT_REPEATS):

@@ -100,6 +100,7 @@ def smooth(count, side=16):
     return np.asarray(planes, np.float32).transpose(0, 2, 3, 1)
 
 
+@pytest.mark.slow
 def test_loss_falls(tmp_path):
     """The autoencoder does not learn, or the trunk learns along."""
     c, _ = write_config(tmp_path, objective={"kind": "autoencoder"})

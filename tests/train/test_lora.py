@@ -90,6 +90,7 @@ def test_merging_keeps_the_dtype(params):
     np.testing.assert_array_equal(merged[name], exact.astype(jnp.bfloat16))
 
 
+@pytest.mark.slow
 def test_only_adapters_learn(tmp_path):
     """Weights that were to be frozen move; or adapters do not, or only half of them."""
     c, _ = write_config(tmp_path, lora={"rank": 2, "experts": ["gen"]}, run={"dtype": "float32"})

@@ -67,6 +67,7 @@ def test_an_export_is_written_anew(six_steps, exported):
     assert set(loaded(again)[0]) > set(six_steps.state.ema)
 
 
+@pytest.mark.slow
 def test_an_export_in_half_precision(six_steps, exported, tmp_path):
     """A dtype that was asked for is not the one that is written."""
     shutil.copytree(six_steps.output, tmp_path / "run")

@@ -141,16 +141,28 @@ def test_what_is_frozen_takes_no_more_room_than_it_must(config):
     assert {array.dtype for array in begin.trainable.values()} == {jnp.dtype("float32")}
 
 
-def test_positions_are_sines(start):
+def test_positions_are_sines():
     """A new model's pictures have no place, or other places than the official ones."""
-    begin = start(model=NEW)
-    table = np.asarray(begin.frozen["latent_positions.embedding"])
-    np.testing.assert_array_equal(table, sine_table(TINY.max_latent_size, 16))
+    table = sine_table(4, 16)
     frequencies = 1e4 ** (-np.arange(4) / 4)
     row, column = 2, 3
     expected = np.concatenate([f(n * frequencies) for n in (column, row) for f in (np.sin, np.cos)])
-    np.testing.assert_allclose(table[row * TINY.max_latent_size + column], expected, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(table[row * 4 + column], expected, rtol=1e-6, atol=1e-6)
     assert sine_table(2, 18).shape == (4, 18)
+
+
+@pytest.mark.slow
+def test_a_new_model(start):
+    """A new model is the same whatever the seed, starts with a velocity, or without positions."""
+    begins = [start(model=NEW, seed=seed) for seed in (0, 0, 1)]
+    first, again, other = (begin.frozen | begin.trainable for begin in begins)
+    np.testing.assert_array_equal(first["latent_positions.embedding"], sine_table(TINY.max_latent_size, 16))
+    np.testing.assert_array_equal(first["vit_positions.embedding"], sine_table(TINY.max_vit_patches, 16))
+    assert not np.any(first["latent_out.kernel"])
+    for name, array in first.items():
+        np.testing.assert_array_equal(array, again[name])
+    kernels = [name for name in first if name.endswith(".kernel") and name != "latent_out.kernel"]
+    assert [name for name in kernels if np.array_equal(first[name], other[name])] == []
 
 
 def quadratic(trainable, frozen, batch, key):
