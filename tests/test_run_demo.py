@@ -188,7 +188,8 @@ def test_refusals(cli, tmp_path):
     ran = cli("--modality", "text2img", "--height", 1024)
     assert ran.code == 2
     assert ran.err.startswith(NOTE + "\n")
-    assert ran.err.splitlines()[-1] == "error: height is 1024; it must be a multiple of 16 and at most 64 for this model"
+    error = "error: height is 1024; it must be a multiple of 16 and at most 64 for this model"
+    assert ran.err.splitlines()[-1] == error
     # What is wrong whatever the model is one sentence, as ever.
     ran = cli("--modality", "img2img", "--steps", 1)
     assert ran.code == 2

@@ -72,7 +72,7 @@ def make_step(loss: LossFunction, optimizer: optax.GradientTransformation, *, em
         updates, optimizer_state = optimizer.update(grads, state.optimizer, state.trainable)
         trainable = optax.apply_updates(state.trainable, updates)
         average = optax.incremental_update(trainable, state.ema, 1 - ema)
-        report["grad_norm"] = optax.global_norm(grads)
+        report["grad_norm"] = optax.tree.norm(grads)
         return TrainState(state.step + 1, trainable, average, optimizer_state), report
 
     return step
