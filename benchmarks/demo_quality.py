@@ -29,6 +29,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from bagel_jax.demo import world
+from bagel_jax.demo.example import MODEL
 from bagel_jax.demo.world import Combination, Edit, Scene, caption, draw, held_out
 from bagel_jax.errors import InputError, check_choice, check_whole
 from bagel_jax.request import APPLICABLE, RENORM_TYPES, Request
@@ -45,7 +46,6 @@ WANTED: dict[str, dict[str, int]] = {
 MOVE_LIMIT = 4.0  # pixels that an edit may move the centre
 ASKED = ("caption", "color", "shape", "ground")  # the questions of img2text
 
-_MODEL = Path(__file__).parents[1] / "bagel_jax" / "demo" / "model"
 _POOLS = {split: [c for c in world.COMBINATIONS if held_out(*c) == (split == HELD_OUT)] for split in SPLITS}
 
 
@@ -325,7 +325,7 @@ def _parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    p.add_argument("--model", metavar="DIR", type=Path, default=_MODEL, help="a checkpoint (bagel_jax/demo/model)")
+    p.add_argument("--model", metavar="DIR", type=Path, default=MODEL, help="a checkpoint (bagel_jax/demo/model)")
     p.add_argument("--tasks", nargs="+", choices=tuple(WANTED), default=tuple(WANTED), help="only these")
     p.add_argument("--cases", metavar="N", type=int, default=200, help="a task and split (%(default)s)")
     p.add_argument("--think-cases", metavar="N", type=int, default=50, help="those of think (%(default)s)")

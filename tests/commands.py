@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib.util
 import json
 import os
 import subprocess
@@ -96,3 +97,20 @@ def golden_options(case: Case, folder: Path) -> list[Any]:
     if "image_shapes" in p:
         options += ["--height", p["image_shapes"][0], "--width", p["image_shapes"][1]]
     return options
+
+
+def script_runner(script: Path, monkeypatch, capsys):
+    """A function that runs a script's `main` in this process and returns exit code, stdout and stderr."""
+    spec = importlib.util.spec_from_file_location(script.stem, script)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def run(*args: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [script.name, *map(str, args)])
+        try:
+            code = module.main()
+        except SystemExit as end:  # argparse
+            code = end.code
+        return code, *capsys.readouterr()
+
+    return run

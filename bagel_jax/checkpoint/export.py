@@ -51,7 +51,7 @@ def stored_arrays(source: ModelSource) -> dict[str, StoredArray]:
 
     A published checkpoint is read a parameter at a time, a converted one a component at a time.
     """
-    checkpoint = source._checkpoint
+    checkpoint = source.checkpoint
     cpu = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
     if isinstance(checkpoint, PublishedCheckpoint):
         dtypes = {target.path: np.dtype(checkpoint.stored_dtype(target)) for target in checkpoint.targets}

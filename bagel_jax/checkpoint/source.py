@@ -18,7 +18,7 @@ class ModelSource:
 
     def __init__(self, directory: Path, checkpoint: PublishedCheckpoint | ConvertedCheckpoint):
         self.directory, self.config = directory, checkpoint.config
-        self._checkpoint = checkpoint
+        self.checkpoint = checkpoint
 
     @classmethod
     def open(cls, directory: Path) -> ModelSource:
@@ -40,4 +40,4 @@ class ModelSource:
         self, dtype, progress: Callable[[int, int], None] | None = None, sharding: ShardingOf = on_default_device
     ) -> Weights:
         """The weights in `dtype`; see `PublishedCheckpoint.load`."""
-        return self._checkpoint.load(dtype, progress, sharding)
+        return self.checkpoint.load(dtype, progress, sharding)

@@ -24,9 +24,8 @@ class TrainCheckpoints:
     """
 
     def __init__(self, folder: Path, save_every: int = 1, keep: int = 1):
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, save_interval_steps=save_every, enable_async_checkpointing=True
-        )
+        self._save_every = save_every
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
     @property
@@ -34,12 +33,14 @@ class TrainCheckpoints:
         """Steps done in the latest whole checkpoint; None where there is none."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: TrainState, batches: grain.DatasetIterator, *, last: bool = False) -> None:
-        """Saves, if it is time to or the run ends; returns before everything is written."""
-        if step == self.latest or not (last or self._manager.should_save(step)):
-            return
+    def due(self, step: int, *, last: bool) -> bool:
+        """Whether it is time to save, or the run ends. (Orbax's own rule always saves the first step.)"""
+        return step != self.latest and (last or step % self._save_every == 0)
+
+    def save(self, step: int, state: TrainState, batches: grain.DatasetIterator) -> None:
+        """Saves; returns before everything is written."""
         args = ocp.args.Composite(state=ocp.args.StandardSave(state), data=grain.checkpoint.CheckpointSave(batches))
-        self._manager.save(step, args=args, force=last)
+        self._manager.save(step, args=args, force=True)
 
     def restore(self, abstract: TrainState, batches: grain.DatasetIterator) -> TrainState:
         """The latest state, laid out as `abstract`; `batches` goes on where it was.

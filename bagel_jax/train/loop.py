@@ -84,9 +84,13 @@ def train(c: TrainConfig, config_file: Path, *, quiet: bool = False) -> TrainSta
             batch, count, work = _next_batch(c, start, batches)
             state, report = step(state, start.frozen, _put(batch, mesh))
             metrics.update(number, report, count, work)
-            if not all(np.isfinite(value) for value in metrics.last.values()):
-                raise FloatingPointError(f"at step {number} the loss is not finite: {metrics.last}")
-            checkpoints.save(number, state, batches, last=number == c.run.steps)
+            due = checkpoints.due(number, last=number == c.run.steps)
+            # Looked at before every checkpoint, or the run would go on from what is not finite for ever.
+            seen = {name: float(value) for name, value in report.items()} if due else metrics.last
+            if not all(np.isfinite(value) for value in seen.values()):
+                raise FloatingPointError(f"at step {number} the loss is not finite: {seen}")
+            if due:
+                checkpoints.save(number, state, batches)
     finally:
         metrics.close()
         checkpoints.close()

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from bagel_jax.models.attention import Sight
@@ -232,8 +231,3 @@ class Batch:
             vit_sight=Sight(vit_sample, zero, zero + 1, zero),
         )
         return jax.tree.map(np.ascontiguousarray, batch)
-
-    @property
-    def num_tokens(self) -> jax.Array:
-        """Tokens that are no padding, a scalar."""
-        return jnp.sum(self.sight.sample > 0)

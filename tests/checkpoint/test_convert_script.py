@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import re
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import checkpoints
 import pytest
+from commands import script_runner
 
 from bagel_jax.checkpoint.source import ModelSource
 
@@ -36,19 +36,7 @@ print(json.dumps({"code": code, "peak": peak, "torch": "torch" in sys.modules}))
 @pytest.fixture
 def convert(monkeypatch, capsys):
     """Runs the script in this process; returns exit code, stdout and stderr."""
-    spec = importlib.util.spec_from_file_location("convert_weights", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-
-    def run(*args: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["convert_weights.py", *map(str, args)])
-        try:
-            code = module.main()
-        except SystemExit as end:  # argparse
-            code = end.code
-        return code, *capsys.readouterr()
-
-    return run
+    return script_runner(SCRIPT, monkeypatch, capsys)
 
 
 @pytest.fixture(scope="module")

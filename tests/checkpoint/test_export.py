@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import os
 import signal
@@ -17,6 +16,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import small
+from commands import script_runner
 from safetensors import safe_open
 
 from bagel_jax.checkpoint.export import export, stored_arrays
@@ -316,19 +316,7 @@ def test_no_tokenizer_directory(tmp_path):
 @pytest.fixture
 def script(monkeypatch, capsys):
     """Runs the script in this process; returns exit code, stdout and stderr."""
-    spec = importlib.util.spec_from_file_location("export_weights", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-
-    def run(*args: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["export_weights.py", *map(str, args)])
-        try:
-            code = module.main()
-        except SystemExit as end:  # argparse
-            code = end.code
-        return code, *capsys.readouterr()
-
-    return run
+    return script_runner(SCRIPT, monkeypatch, capsys)
 
 
 def test_script(script, tiny_dir, tmp_path):

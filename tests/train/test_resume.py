@@ -22,13 +22,13 @@ KILLED = """
 import os, signal, sys
 from bagel_jax.train import __main__ as command
 from bagel_jax.train.checkpoints import TrainCheckpoints
-save = TrainCheckpoints.save
-def killed(self, step, *args, **options):
+due = TrainCheckpoints.due
+def killed(self, step, **options):
     if step == 5:
         self._manager.wait_until_finished()
         os.kill(os.getpid(), signal.SIGKILL)
-    save(self, step, *args, **options)
-TrainCheckpoints.save = killed
+    return due(self, step, **options)
+TrainCheckpoints.due = killed
 command.main([sys.argv[1], "--quiet"])
 """
 
@@ -97,3 +97,13 @@ def test_another_configuration_in_the_same_folder_is_refused(changes, message, s
     assert error.count("\n") == 1
     assert re.search(message, error)
     assert (tmp_path / "run" / "config.toml").read_text() == before
+
+
+def test_what_is_not_finite_is_not_saved(tmp_path):
+    """The same command would go on from it for ever; between two reports nothing else looks."""
+    changed = {"run": {"steps": 6, "save_every": 3, "log_every": 1000}, "optimizer": {"learning_rate": 1e30}}
+    changed["optimizer"]["warmup_steps"] = 0
+    c, path = write_config(tmp_path, **(SIX_STEPS | changed))
+    with pytest.raises(FloatingPointError, match="at step 3 the loss is not finite"):
+        train(c, path, quiet=True)
+    assert not [folder for folder in (Path(c.output) / "checkpoints").iterdir() if folder.name.isdigit()]
