@@ -10,6 +10,8 @@ from pathlib import Path
 _XLA_CACHE = tempfile.TemporaryDirectory(prefix="bagel_jax_xla_")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _XLA_CACHE.name)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+# Pallas' interpreter of Mosaic GPU blocks a thread of XLA's CPU client for each warpgroup.
+os.environ.setdefault("PJRT_NPROC", "8")
 
 import pytest  # noqa: E402
 

@@ -1,0 +1,247 @@
+"""Compiles for chips that this machine does not have: `python -m bagel_jax.aot kernels --target v5e`.
+
+The compilers are the real ones: libtpu's for a TPU; XLA's, Mosaic GPU's and ptxas for an H100. They come with the extra
+`aot` and need no accelerator. Each kernel is compiled at the sizes of the published model, and one line tells how long
+that took and how much fast memory a kernel needs:
+
+- VMEM: what the TPU compiler says it used for the kernel (`used_scoped_memory_configs` of the custom call).
+- shared memory: the dynamic shared memory that the compiled kernel is launched with, a block of threads. ptxas does not
+  know it; it stands in the launch that Mosaic GPU made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bagel_jax.errors import InputError, check_choice
+
+# Exit codes.
+_DONE, _FAILED, _BAD_INPUT, _INTERRUPTED = 0, 1, 2, 130
+
+_INSTALL = "pip install 'bagel_jax[aot]'"
+_SILENCE = {"TF_CPP_MIN_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3", "TPU_STDERR_LOG_LEVEL": "3"}
+# JAX itself runs on the CPU, libtpu is not to look for a TPU nor for others that use one, and what a cache holds is
+# not compiled.
+_ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "JAX_ENABLE_COMPILATION_CACHE": "false",
+}
+
+# Sizes of BAGEL-7B-MoT's trunk (`llm_config.json` of ByteDance-Seed/BAGEL-7B-MoT), and a pool of KV pages.
+_LAYERS, _HEADS, _KV_HEADS, _WIDTH = 28, 28, 4, 128
+_PAGES, _PAGE = 2048, 64
+_VAE_BLOCK, _VIT_BLOCK = 4098, 4902  # tokens of a 1024 x 1024 picture, and the most that the ViT gives
+
+
+class Target(NamedTuple):
+    """A chip to compile for."""
+
+    platform: str  # what JAX calls it
+    topology: str
+    modules: tuple[str, ...]  # what must be importable
+    backend: str  # of `paged_attention`
+    call: str  # what a kernel of that backend is called in a program
+    memory: str  # what is reported
+
+
+def _tpu(topology: str) -> Target:
+    return Target("tpu", topology, ("libtpu",), "tpu", "tpu_custom_call", "VMEM")
+
+
+TARGETS = {
+    "v5e": _tpu("v5e:2x2"),
+    "v6e": _tpu("v6e:2x2"),
+    "v5p": _tpu("v5p:2x2x1"),
+    "h100": Target(
+        "cuda", "h100", ("jax_plugins.xla_cuda12", "nvidia.cuda_nvcc"), "gpu", "mosaic_gpu_v2", "shared memory"
+    ),
+}
+
+
+class Case(NamedTuple):
+    """Something to compile."""
+
+    name: str
+    sizes: str
+    calls: int  # of kernels in it
+    function: Callable
+    arguments: tuple  # of jax.ShapeDtypeStruct
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    p = argparse.ArgumentParser(
+        prog="python -m bagel_jax.aot", description="Compiles for chips that this machine does not have."
+    )
+    commands = p.add_subparsers(dest="command", required=True)
+    kernels = commands.add_parser("kernels", help="all kernels at the sizes of the published model")
+    kernels.add_argument("--target", required=True, metavar="{" + ",".join(TARGETS) + "}", help="the chip")
+    args = p.parse_args(argv)
+    try:
+        check_choice("--target", args.target, tuple(TARGETS))
+        return _kernels(args.target)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return _BAD_INPUT
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return _INTERRUPTED
+
+
+def _kernels(name: str) -> int:
+    target = TARGETS[name]
+    device = _device(name, target)
+    code = _DONE
+    for case in _cases(target.backend):
+        line = f"{case.name:18} {case.sizes:42} {name:4}"
+        start = time.perf_counter()
+        try:
+            memory = _compile(case, target, device)
+        # Whatever is wrong with one kernel, the others go on.
+        except Exception as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            print(f"{line} FAILED: {reason[:500]}", flush=True)
+            code = _FAILED
+        else:
+            print(f"{line} {time.perf_counter() - start:6.1f} s  {target.memory} {memory / 2**10:,.0f} KiB", flush=True)
+    return code
+
+
+def _device(name: str, target: Target) -> Any:
+    """A device to compile for; raises `InputError` where its compiler is not installed."""
+    for module in target.modules:
+        if not _installed(module):
+            raise InputError(f"--target {name} needs {module}, which is not installed; {_INSTALL}")
+    os.environ.update(_ENVIRONMENT | _SILENCE)
+    with _quiet():  # plugins tell what they do not find here
+        import jax
+        from jax.experimental import topologies
+
+        jax.devices()
+        options = {}
+        if target.platform == "cuda":
+            description = Path(__file__).parent / "pallas" / "targets" / f"{name}.txtpb"
+            options = {"topology": "1x1x1", "target_config": description.read_text()}
+        try:
+            topology = topologies.get_topology_desc(platform=target.platform, topology_name=target.topology, **options)
+        except Exception as error:  # of whatever kind the plugin has
+            reason = " ".join(str(error).split())
+            raise InputError(f"--target {name}: its compiler does not start ({reason[:300]}); {_INSTALL}") from error
+    return topology.devices[0]
+
+
+def _installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # not even the package that it would be in
+        return False
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps what is written to standard error, by C++ too, off the screen."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)
+    os.close(nothing)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def _cases(backend: str) -> list[Case]:
+    import jax
+    import jax.numpy as jnp
+
+    from bagel_jax.pallas.paged_attention.api import paged_attention, paged_decode, prefix_attention
+
+    def of(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    numbers = partial(of, dtype=jnp.int32)
+    pages = of(_LAYERS, _PAGES, _KV_HEADS, 2, _PAGE, _WIDTH), numbers()
+
+    def table(rows, context):
+        return numbers(rows, -(-context // _PAGE))
+
+    cases = []
+    for rows in (1, 16, 64):
+        arguments = of(rows, _HEADS, _WIDTH), *pages, table(rows, 8192), numbers(rows)
+        cases.append(Case("paged_decode", f"{rows} rows over 8192", 1, paged_decode, arguments))
+    for what, length in (("VAE", _VAE_BLOCK), ("ViT", _VIT_BLOCK)):
+        arguments = of(length, _HEADS, _WIDTH), *pages, table(1, 1024 + length), numbers(2), numbers(length)
+        cases.append(
+            Case("paged_attention", f"{what} block of {length} over text of 1024", 1, paged_attention, arguments)
+        )
+    fresh = (of(3, _VAE_BLOCK, heads, _WIDTH) for heads in (_HEADS, _KV_HEADS, _KV_HEADS))
+    arguments = *fresh, *pages, table(3, 9216), numbers(3)
+    cases.append(Case("prefix_attention", f"3 rows of {_VAE_BLOCK} over 9216", 2, prefix_attention, arguments))
+    return [case._replace(function=partial(case.function, backend=backend)) for case in cases]
+
+
+def _compile(case: Case, target: Target, device: Any) -> int:
+    """Bytes of fast memory of the largest kernel in the compiled program; raises if one is missing there."""
+    import jax
+
+    where = jax.sharding.SingleDeviceSharding(device)
+    arguments = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where) for x in case.arguments]
+    lowered = jax.jit(case.function).trace(*arguments).lower(lowering_platforms=(target.platform,))
+    asked = lowered.as_text().count(f"@{target.call}")
+    # Not as text: what a newer libtpu says there, JAX may be unable to read.
+    program = lowered.compile().runtime_executable().serialize()
+    if asked != case.calls or target.call.encode() not in program:
+        raise RuntimeError(f"{asked} kernels are in the program instead of {case.calls}; XLA does the rest")
+    return max(_vmem(program) if target.platform == "tpu" else _shared_memory(lowered))
+
+
+def _vmem(program: bytes) -> list[int]:
+    pattern = rb'"custom_call_config":\{[^{}]*\},"used_scoped_memory_configs":\[\{[^{}]*"size":"(\d+)"'
+    return [int(size) for size in re.findall(pattern, program)]
+
+
+def _shared_memory(lowered: Any) -> list[int]:
+    from jax.extend.mlir import ir
+    from jax.interpreters.mlir import make_ir_context
+
+    def named(module, name):
+        found = []
+
+        def visit(operation):
+            if operation.name == name:
+                found.append(operation)
+            return ir.WalkResult.ADVANCE
+
+        module.operation.walk(visit)
+        return found
+
+    sizes = []
+    for call in named(lowered.compiler_ir("stablehlo"), "stablehlo.custom_call"):
+        if "mosaic_gpu" not in str(call.attributes["call_target_name"]):
+            continue
+        with make_ir_context() as context:
+            context.allow_unregistered_dialects = True
+            kernel = ir.Module.parse(call.attributes["mhlo.backend_config"]["module"].value_bytes)
+            for launch in named(kernel, "stable_mosaic_gpu.gpu.launch"):
+                # Before it: what to wait for, and three sizes each of grid, block and cluster.
+                place = sum(list(launch.attributes["operandSegmentSizes"])[:10])
+                sizes.append(launch.operands[place].owner.attributes["value"].value)
+    return sizes
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Kernels: per operation `api.py`, `reference.py` and a file a backend."""

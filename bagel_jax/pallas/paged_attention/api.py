@@ -1,0 +1,177 @@
+"""Ragged paged attention: the way in. Cuts queries into the tiles that a backend wants.
+
+The mask is one integer a query: a query sees the keys `[0, kv_end)` of its sequence. Text token i has
+`kv_end = i + 1`, every token of an image block the block's end. Drawn for two text tokens, a block of three, a text:
+
+    text | image | text
+    1 0  | 0 0 0 | 0     kv_end = 1
+    1 1  | 0 0 0 | 0     kv_end = 2
+    1 1  | 1 1 1 | 0     kv_end = 5
+    1 1  | 1 1 1 | 0     kv_end = 5
+    1 1  | 1 1 1 | 0     kv_end = 5
+    1 1  | 1 1 1 | 1     kv_end = 6
+
+So no length of a sequence is needed beside it: what lies behind the largest `kv_end` is never looked at.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from bagel_jax.pallas.paged_attention import gpu, reference, tpu, xla
+from bagel_jax.pallas.paged_attention.pages import page_size, to_pages
+from bagel_jax.pallas.paged_attention.tiles import Backend, Tiling, merge, ragged, split, tiles
+
+BACKENDS: dict[str, Backend] = {
+    "xla": xla.backend(),
+    "tpu": tpu.backend(),
+    "gpu": gpu.backend(),
+    "tpu-interpret": tpu.backend(interpret=True),
+}
+_FRESH_PAGE = 128  # tokens a page of keys that were only just computed
+
+
+def paged_attention(
+    q: jax.Array,
+    pages: jax.Array,
+    layer: jax.Array,
+    page_table: jax.Array,
+    query_offsets: jax.Array,
+    kv_end: jax.Array,
+    *,
+    backend: str,
+    return_lse: bool = False,
+):
+    """Attention of ragged queries, packed over sequences, over keys and values in pages.
+
+    Args:
+        q: `[T, H, E]`, sequence after sequence; H is a multiple of K.
+        pages: `[L, P, K, 2, page, E]` (`pages.py`), with the queries' own keys and values in it.
+        layer: which layer, scalar int32.
+        page_table: `[R, n]` int32, the pages of each sequence in order.
+        query_offsets: `[R + 1]` int32; sequence r has the queries `[query_offsets[r], query_offsets[r + 1])`. Queries
+            after the last are padding.
+        kv_end: `[T]` int32, the whole mask.
+        backend: `reference` or one of `BACKENDS`.
+        return_lse: also return the log-sum-exp of each query's scores.
+
+    Returns:
+        `[T, H, E]` in q's dtype, or with `return_lse` float32 and `[T, H]` float32. A query with `kv_end` 0 gets
+        zeros and -inf; padding gets anything finite.
+    """
+    if backend == "reference":
+        ends = jnp.searchsorted(query_offsets[1:], jnp.arange(q.shape[0]), side="right")
+        sequence = jnp.minimum(ends, page_table.shape[0] - 1).astype(jnp.int32)
+        out, lse = reference.attend(q, pages, layer, page_table, sequence, kv_end)
+    else:
+        chosen = _backend(backend, q, pages)
+        tiling = chosen.prefill_tiling(q, pages)
+        where = ragged(query_offsets, q.shape[0], tiling.block_q)
+        padded_q = jnp.pad(q, ((0, 1), (0, 0), (0, 0)))[where.query]
+        padded_end = jnp.pad(kv_end, (0, 1))[where.query]
+        out, lse = _tiled(padded_q, pages, layer, page_table, where.sequence, padded_end, tiling, chosen.attend)
+        out, lse = out[where.tile, where.slot], lse[where.tile, where.slot]
+    return _finish(q, out, lse, kv_end, return_lse)
+
+
+def paged_decode(
+    q: jax.Array,
+    pages: jax.Array,
+    layer: jax.Array,
+    page_table: jax.Array,
+    kv_end: jax.Array,
+    *,
+    backend: str,
+    return_lse: bool = False,
+):
+    """`paged_attention` for one query a sequence: `q` `[R, H, E]`, `kv_end` `[R]`."""
+    sequence = jnp.arange(q.shape[0], dtype=jnp.int32)
+    if backend == "reference":
+        out, lse = reference.attend(q, pages, layer, page_table, sequence, kv_end)
+    else:
+        chosen = _backend(backend, q, pages)
+        tiling = chosen.decode_tiling(q, pages)
+        out, lse = _tiled(q[:, None], pages, layer, page_table, sequence, kv_end[:, None], tiling, chosen.attend)
+        out, lse = out[:, 0], lse[:, 0]
+    return _finish(q, out, lse, kv_end, return_lse)
+
+
+def prefix_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    pages: jax.Array,
+    layer: jax.Array,
+    page_table: jax.Array,
+    prefix_len: jax.Array,
+    fresh_len: jax.Array | None = None,
+    *,
+    backend: str,
+) -> jax.Array:
+    """Attention of B rows over a read-only prefix in pages and over keys and values of the call itself (stage 1).
+
+    Every query of a row sees all of both. The two parts are computed apart and joined by their log-sum-exps.
+
+    Args:
+        q: `[B, T, H, E]`.
+        k, v: `[B, T, K, E]`, fresh.
+        pages, layer: see `paged_attention`.
+        page_table: `[B, n]` int32, the prefix of each row.
+        prefix_len: `[B]` int32, may be 0.
+        fresh_len: `[B]` int32, how many of the T are real; None: all.
+        backend: `reference` or one of `BACKENDS`.
+
+    Returns:
+        `[B, T, H, E]` in q's dtype.
+    """
+    batch, length, heads, width = q.shape
+    if fresh_len is None:
+        fresh_len = jnp.full((batch,), length, jnp.int32)
+    own = to_pages(k.astype(pages.dtype), v.astype(pages.dtype), _FRESH_PAGE)
+    own_table = jnp.arange(own.shape[1], dtype=jnp.int32).reshape(batch, -1)
+    offsets = jnp.arange(batch + 1, dtype=jnp.int32) * length
+    flat = q.reshape(-1, heads, width)
+    parts = [
+        paged_attention(flat, *source, offsets, jnp.repeat(seen, length), backend=backend, return_lse=True)
+        for source, seen in (((pages, layer, page_table), prefix_len), ((own, jnp.int32(0), own_table), fresh_len))
+    ]
+    out, _ = merge(jnp.stack([out for out, _ in parts]), jnp.stack([lse for _, lse in parts]), axis=0)
+    return out.astype(q.dtype).reshape(q.shape)
+
+
+def _backend(name: str, q, pages) -> Backend:
+    wanted = BACKENDS[name]
+    return wanted if wanted.supports(q, pages) else BACKENDS["xla"]
+
+
+def _tiled(q, pages, layer, page_table, sequence, kv_end, tiling: Tiling, attend):
+    """Attention of tiles of queries `[N, block_q, H, E]` with `kv_end` `[N, block_q]`; lse is `[N, block_q, H]`."""
+    num_tiles, block_q, heads, width = q.shape
+    kv_heads = pages.shape[2]
+    groups = heads if tiling.by_head else kv_heads
+    a_group = heads // groups  # query heads of a group
+    rows = block_q * a_group
+    padding = -rows % tiling.rows
+    q = q.reshape(num_tiles, block_q, groups, a_group, width).transpose(0, 2, 1, 3, 4)
+    q = jnp.pad(q.reshape(num_tiles, groups, rows, width), ((0, 0), (0, 0), (0, padding), (0, 0)))
+    ends = jnp.pad(jnp.repeat(kv_end, a_group, axis=1), ((0, 0), (0, padding)))
+    what = tiles(sequence, ends)
+    if tiling.splits > 1:
+        what = split(what, tiling.splits, page_size(pages))
+        q = jnp.repeat(q, tiling.splits, axis=0)
+    out, lse = attend(q, pages, layer, page_table, what)
+    if tiling.splits > 1:
+        out, lse = (x.reshape(num_tiles, tiling.splits, *x.shape[1:]) for x in (out, lse))
+        out, lse = merge(out.astype(jnp.float32), lse, axis=1)
+    out = out[:, :, :rows].reshape(num_tiles, groups, block_q, a_group, width).transpose(0, 2, 1, 3, 4)
+    lse = lse[:, :, :rows].reshape(num_tiles, groups, block_q, a_group).transpose(0, 2, 1, 3)
+    return out.reshape(num_tiles, block_q, heads, width), lse.reshape(num_tiles, block_q, heads)
+
+
+def _finish(q, out, lse, kv_end, return_lse):
+    sees = kv_end[:, None] > 0
+    out = jnp.where(sees[..., None], out, 0)
+    if not return_lse:
+        return out.astype(q.dtype)
+    return out.astype(jnp.float32), jnp.where(sees, lse, -jnp.inf)

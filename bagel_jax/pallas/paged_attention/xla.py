@@ -1,0 +1,72 @@
+"""Attention of tiles in plain XLA: what runs on a CPU, and anywhere else where no kernel applies.
+
+Blocks of keys are gathered as they are needed, so that the work grows with the contexts that there are, not with the
+size of the pool or the width of the page table.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from bagel_jax.pallas.paged_attention.pages import page_size, read
+from bagel_jax.pallas.paged_attention.tiles import Backend, Tiles, Tiling
+
+_BLOCK = 256  # keys at a time
+# Tiles are computed together as long as their scores over a block stay in a processor's cache.
+_SCORES = 2**18
+_LOW = float(jnp.finfo(jnp.float32).min)
+
+
+def backend() -> Backend:
+    """XLA as a backend: it takes everything."""
+    return Backend(lambda q, pages: True, lambda q, pages: Tiling(64), lambda q, pages: Tiling(1), attend_tiles)
+
+
+def attend_tiles(q, pages, layer, page_table, tiles: Tiles) -> tuple[jax.Array, jax.Array]:
+    """See `tiles.Backend.attend`; J = K, and the output is float32."""
+    num_tiles, groups, rows, _ = q.shape
+    together = min(num_tiles, max(1, _SCORES // (groups * rows * _BLOCK)))
+    chunks = -(-num_tiles // together)
+
+    def cut(x):
+        x = jnp.pad(x, ((0, chunks * together - num_tiles), *[(0, 0)] * (x.ndim - 1)))
+        return x.reshape(chunks, together, *x.shape[1:])
+
+    some = partial(_attend, pages, layer, page_table)
+    out = jax.lax.map(lambda chunk: some(*chunk), jax.tree.map(cut, (q, tiles)))
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:num_tiles], out)
+
+
+def _attend(pages, layer, page_table, q, tiles: Tiles):
+    size = page_size(pages)
+    a_block = max(1, _BLOCK // size)  # pages
+    keys = a_block * size
+    table = jnp.pad(page_table, ((0, 0), (0, -page_table.shape[1] % a_block)))
+    exact = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+    einsum = partial(jnp.einsum, precision=exact, preferred_element_type=jnp.float32)
+
+    def step(block, carry):
+        highest, total, out = carry
+        numbers = jax.lax.dynamic_slice_in_dim(table, block * a_block, a_block, axis=1)[tiles.sequence]
+        k, v = read(pages, layer, numbers)
+        place = block * keys + jnp.arange(keys)
+        scores = einsum("nkme,nkse->nkms", q, k) * q.shape[-1] ** -0.5
+        seen = ((place < tiles.kv_end[:, :, None]) & (place >= tiles.start[:, None, None]))[:, None]
+        scores = jnp.where(seen, scores, _LOW)
+        live = place < tiles.stop[:, None]  # beyond, a page may hold anything, NaN included
+        v = jnp.where(live[:, None, :, None], v, 0)
+        higher = jnp.maximum(highest, scores.max(axis=-1))
+        weights = jnp.where(seen, jnp.exp(scores - higher[..., None]), 0.0)
+        shrink = jnp.exp(highest - higher)
+        total = total * shrink + weights.sum(axis=-1)
+        out = out * shrink[..., None] + einsum("nkms,nkse->nkme", weights.astype(v.dtype), v)
+        return higher, total, out
+
+    first, last = tiles.start.min() // keys, -(-tiles.stop.max() // keys)
+    rows = q.shape[:-1]
+    zero = jnp.full(rows, _LOW), jnp.zeros(rows), jnp.zeros((*rows, q.shape[-1]))
+    highest, total, out = jax.lax.fori_loop(first, last, step, zero)
+    return out / jnp.where(total == 0, 1, total)[..., None], jnp.where(total == 0, -jnp.inf, highest + jnp.log(total))
