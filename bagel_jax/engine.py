@@ -1,14 +1,13 @@
 """The two stages in a row: a request in, a result out.
 
-The only room that knows both stages. This engine serves one request at a time on one device.
+The only room that knows both stages. Stage 0 serves many requests at once; stage 1 still one after another.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,21 +16,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bagel_jax.ar.stage import ContextStage, fitted
+from bagel_jax.ar.stage import ContextStage, Failed, Finished, Tokens
 from bagel_jax.checkpoint.source import ModelSource
+from bagel_jax.clock import Clock
 from bagel_jax.config import BagelConfig
 from bagel_jax.demo.example import MODEL
 from bagel_jax.diffusion.guidance import guidance
 from bagel_jax.diffusion.loop import Canvas, DenoiseState, decode_latents, denoise
 from bagel_jax.diffusion.schedule import schedule
 from bagel_jax.errors import InputError
-from bagel_jax.handoff import ContextKV
 from bagel_jax.inputs.pictures import to_image
-from bagel_jax.inputs.plan import Placed, Text, View
 from bagel_jax.inputs.prepare import Prepared, latent_positions, prepare
 from bagel_jax.inputs.tokenizer import Tokenizer
 from bagel_jax.models.weights import Weights
 from bagel_jax.request import Request, Result
+from bagel_jax.settings import ServingSettings
 
 # Called as progress(phase, done, total); phase is "load", "decode" or "denoise". done = 0 comes before the work.
 Progress = Callable[[str, int, int], None]
@@ -67,7 +66,7 @@ class Bagel:
     requests can be found with `prepare` before the weights are loaded.
     """
 
-    def __init__(self, source: ModelSource, dtype: str = "auto"):
+    def __init__(self, source: ModelSource, dtype: str = "auto", settings: ServingSettings | None = None):
         keep_compiled_programs()
         self.dtype = resolve_dtype(dtype)
         self.config: BagelConfig = source.config
@@ -79,27 +78,38 @@ class Bagel:
                 f"{self.config.trunk.vocab_size} tokens; the tokenizer must be the model's own"
             )
         self.load_seconds: float | None = None
+        self.settings = settings or ServingSettings()
         self._source = source
         self._weights: Weights | None = None
+        self._stage: ContextStage | None = None
 
     @classmethod
-    def open(cls, directory: str | Path | None = None, dtype: str = "auto") -> Bagel:
+    def open(
+        cls, directory: str | Path | None = None, dtype: str = "auto", settings: ServingSettings | None = None
+    ) -> Bagel:
         """A model whose weights are checked but not loaded yet.
 
         Args:
             directory: a checkpoint in the published layout, or one that `scripts/convert_weights.py` wrote; None: the
                 bundled demo model.
             dtype: `auto`, `float32` or `bfloat16`.
+            settings: how many requests at once, pages of the KV cache and the like.
 
         Raises:
             InputError: the directory does not hold a whole checkpoint, or a tokenizer that is not its own.
         """
-        return cls(ModelSource.open(MODEL if directory is None else Path(directory)), dtype)
+        return cls(ModelSource.open(MODEL if directory is None else Path(directory)), dtype, settings)
 
     @classmethod
-    def load(cls, directory: str | Path | None = None, dtype: str = "auto", progress: Progress | None = None) -> Bagel:
+    def load(
+        cls,
+        directory: str | Path | None = None,
+        dtype: str = "auto",
+        progress: Progress | None = None,
+        settings: ServingSettings | None = None,
+    ) -> Bagel:
         """`open`, then the weights."""
-        model = cls.open(directory, dtype)
+        model = cls.open(directory, dtype, settings)
         model.load_weights(progress)
         return model
 
@@ -136,28 +146,85 @@ class Bagel:
             progress: called as `progress(phase, done, total)`.
 
         Raises:
+            InputError: the KV cache is too small for it.
             FloatingPointError: the latents are not finite.
         """
+        ((_, result),) = self.run_many([prepared], progress)
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    def run_many(
+        self, prepared: Iterable[Prepared], progress: Progress | None = None
+    ) -> Iterator[tuple[Request, Result | Exception]]:
+        """Answers prepared requests, as many at once as the settings say, each as soon as it is done.
+
+        Args:
+            prepared: from `prepare`; read only as far as there is room, so a generator may prepare them one by one.
+            progress: called as `progress(phase, done, total)`; tokens decoded are counted over all requests in work.
+
+        Yields:
+            Each request with its result, or with what made it fail: the others go on.
+        """
         self.load_weights(progress)
-        clock = _Clock()
-        request, plan = prepared.request, prepared.plan
+        stage, requests = self._context_stage(), iter(prepared)
+        work: dict[str, Prepared] = {}
+        counts: dict[str, tuple[int, int]] = {}  # tokens decoded, and the most there may be
+        more = True
+        try:
+            while more or work:
+                while more and len(work) < self.settings.max_num_seqs:
+                    one = next(requests, None)
+                    if one is None:
+                        more = False
+                        break
+                    try:
+                        stage.submit(one)
+                    except InputError as error:
+                        yield one.request, error
+                        continue
+                    work[one.request.request_id] = one
+                    counts[one.request.request_id] = 0, _token_limit(one.request)
+                    _report(progress, counts)
+                if not work:
+                    continue
+                for event in stage.step():
+                    key = event.request_id
+                    if isinstance(event, Tokens):
+                        counts[key] = counts[key][0] + len(event.ids), counts[key][1]
+                        _report(progress, counts)
+                        continue
+                    counts.pop(key)
+                    one = work.pop(key)
+                    try:
+                        yield one.request, self._answer(one, event, progress)
+                    except Exception as error:  # whatever happens to one request, the others go on
+                        yield one.request, error
+        finally:  # whoever stops listening leaves nothing behind for the next
+            for key in work:
+                stage.cancel(key)
+
+    def _context_stage(self) -> ContextStage:
+        if self._stage is None:
+            self._stage = ContextStage(self._weights, self.config, self.dtype, self.tokenizer, self.settings)
+        return self._stage
+
+    def _answer(self, prepared: Prepared, event: Finished | Failed, progress) -> Result:
+        """What becomes of a request that has left stage 0."""
+        if isinstance(event, Failed):
+            raise InputError(event.error)
+        request, stats, clock = prepared.request, event.stats, Clock()
+        for span in stats.spans:
+            clock.add(*span)
         result = Result(request.request_id, request.modality, notes=prepared.notes)
-        stage = ContextStage(self._weights, self.config, self.dtype, self.tokenizer)
-        with clock.phase("prefill"):
-            caches = jax.block_until_ready(stage.prefill(prepared))
-        main = plan.main
-        if request.think or not request.makes_picture:
-            with clock.phase("decode"):
-                result.text, caches[0] = self._decode(stage, caches[0], main, request, progress)
+        result.cached_prefix_tokens = stats.cached_tokens
+        if event.ids is not None:
+            result.text = self.tokenizer.answer(event.ids)
+            result.time_to_first_token = stats.time_to_first_token
+            result.tokens_per_second = stats.decoded_tokens / clock.seconds["decode"]
         if request.makes_picture:
-            if request.think:
-                with clock.phase("prefill"):
-                    thought = Placed(Text(self.tokenizer.prompt(result.text)), main.length, main.rope)
-                    caches[0] = jax.block_until_ready(stage.extend(caches[0], thought, prepared))
-                main = View(0, thought.kv_end, main.rope + thought.segment.rope_advance)
-            context = hand_over(caches, main, plan.text, plan.img)
             with clock.phase("denoise"):
-                latents = self._denoise(prepared, context, progress)
+                latents = self._denoise(prepared, event.context, progress)
                 result.latents = np.asarray(latents)
             if not np.isfinite(result.latents).all():
                 raise FloatingPointError("the latents are not finite; the weights or the settings are unusable")
@@ -167,14 +234,6 @@ class Bagel:
                 result.image = to_image(np.asarray(pixels))
         result.seconds = {"load": self.load_seconds, **clock.seconds}
         return result
-
-    def _decode(self, stage, cache, main, request, progress):
-        s = request.settings
-        limit = s.max_think_tokens if request.makes_picture else s.max_tokens
-        report = None if progress is None else partial(progress, "decode")
-        sampling = stage.sampling(request.seed, s.do_sample, s.text_temperature)
-        ids, cache = stage.decode(cache, main.length, main.rope, limit, sampling, report)
-        return self.tokenizer.answer(ids), cache
 
     def _denoise(self, prepared, context, progress):
         s = prepared.request.settings
@@ -200,54 +259,14 @@ class Bagel:
         return state.latents
 
 
-def hand_over(caches, main: View, text: View, img: View) -> ContextKV:
-    """The contexts of the guidance branches; branches that see the same become one row."""
-    views = list(dict.fromkeys((main, text, img)))
-    used = sorted({view.cache for view in views})
-    longest = [max(view.length for view in views if view.cache == cache) for cache in used]
-    return ContextKV(
-        caches=tuple(fitted(caches[cache], length) for cache, length in zip(used, longest, strict=True)),
-        length=jnp.asarray([view.length for view in views], jnp.int32),
-        rope=jnp.asarray([view.rope for view in views], jnp.int32),
-        rows=tuple(used.index(view.cache) for view in views),
-        text_row=views.index(text),
-        img_row=views.index(img),
-    )
+def _token_limit(request: Request) -> int:
+    """Tokens that a request may decode."""
+    if request.makes_picture:
+        return request.settings.max_think_tokens if request.think else 0
+    return request.settings.max_tokens
 
 
-_COMPILE_EVENTS = (
-    "/jax/core/compile/jaxpr_trace_duration",
-    "/jax/core/compile/jaxpr_to_mlir_module_duration",
-    "/jax/core/compile/backend_compile_duration",
-)
-# Start and end of each stretch of compiling in this process, by time.perf_counter().
-_compiling: list[tuple[float, float]] = []
-
-
-def _note_compiling(event: str, seconds: float, **_: Any) -> None:
-    if event in _COMPILE_EVENTS:
-        end = time.perf_counter()
-        # Tracing a function traces those it calls; theirs were noted first and lie within.
-        while _compiling and _compiling[-1][0] >= end - seconds:
-            _compiling.pop()
-        _compiling.append((end - seconds, end))
-
-
-jax.monitoring.register_event_duration_secs_listener(_note_compiling)
-
-
-class _Clock:
-    """Seconds by phase; time that goes into compiling is counted apart, as a phase of its own."""
-
-    def __init__(self):
-        self.seconds = {"compile": 0.0}
-
-    @contextmanager
-    def phase(self, name: str):
-        """Times the work inside, which must have finished on the device when it ends."""
-        _compiling.clear()
-        started = time.perf_counter()
-        yield
-        compiling = sum(end - start for start, end in _compiling if start >= started)
-        self.seconds["compile"] += compiling
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started - compiling
+def _report(progress: Progress | None, counts: dict[str, tuple[int, int]]) -> None:
+    done, total = (sum(column) for column in zip(*counts.values(), strict=True))
+    if progress is not None and total:
+        progress("decode", done, total)

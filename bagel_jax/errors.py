@@ -26,7 +26,9 @@ def check_number(name: str, value, low: float, high: float = math.inf, *, above:
     """Raises `InputError` unless `value` is a finite number in the range (`above`: `low` itself is outside)."""
     good = isinstance(value, int | float | np.number) and not isinstance(value, bool) and math.isfinite(value)
     if not good or value < low or value > high or (above and value == low):
-        span = f"above {low}" if above else f"at least {low}" if high == math.inf else f"from {low} to {high}"
+        span = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+        if above:
+            span = f"above {low}" if high == math.inf else f"above {low} and at most {high}"
         raise InputError(f"{name} is {value!r}; it must be a number, {span}")
 
 

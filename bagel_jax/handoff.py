@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 
+from bagel_jax.inputs.plan import View
 from bagel_jax.models.attention import KV
 from bagel_jax.models.mot import Prefix
 
@@ -34,3 +37,20 @@ class ContextKV:
     def prefix(self, count: int) -> Prefix:
         """What the first `count` rows have behind them."""
         return Prefix(self.caches, self.rows[:count], self.length[:count])
+
+
+def hand_over(caches: Mapping[int, KV], main: View, text: View, img: View) -> ContextKV:
+    """The contexts of the guidance branches, from the caches that they are views of, by number, each `[L, S, K, E]`.
+
+    Branches that see the same become one row.
+    """
+    views = list(dict.fromkeys((main, text, img)))
+    used = sorted({view.cache for view in views})
+    return ContextKV(
+        caches=tuple(caches[cache] for cache in used),
+        length=jnp.asarray([view.length for view in views], jnp.int32),
+        rope=jnp.asarray([view.rope for view in views], jnp.int32),
+        rows=tuple(used.index(view.cache) for view in views),
+        text_row=views.index(text),
+        img_row=views.index(img),
+    )

@@ -43,6 +43,8 @@ class Settings:
     max_tokens: int = 512  # likewise
     do_sample: bool = False  # False: greedy
     text_temperature: float = 0.3
+    top_k: int = 0  # sample among so many tokens only; 0: all
+    top_p: float = 1.0  # sample among the likeliest tokens with this much of the probability
 
     def __post_init__(self):
         for name in ("height", "width"):
@@ -56,6 +58,8 @@ class Settings:
         check_number("cfg_img_scale", self.cfg_img_scale, 0)
         check_number("cfg_renorm_min", self.cfg_renorm_min, 0, 1)
         check_number("text_temperature", self.text_temperature, 0, above=self.do_sample is True)
+        check_whole("top_k", self.top_k, 0, 2**31 - 1)
+        check_number("top_p", self.top_p, 0, 1, above=True)
         if not isinstance(self.cfg_interval, list | tuple) or len(self.cfg_interval) != 2:
             raise InputError(f"cfg_interval is {self.cfg_interval!r}; it must be two numbers, LO and HI")
         object.__setattr__(self, "cfg_interval", tuple(self.cfg_interval))
@@ -76,7 +80,7 @@ _IMAGE = (
     "cfg_renorm_type",
     "cfg_renorm_min",
 )
-_SAMPLING = ("do_sample", "text_temperature")
+_SAMPLING = ("do_sample", "text_temperature", "top_k", "top_p")
 
 # Which settings a modality has.
 APPLICABLE: Mapping[str, tuple[str, ...]] = {
@@ -217,8 +221,8 @@ class Request:
         notes = [f"{name} has no effect on {modality}" for name in idle]
         if "max_think_tokens" in given and "max_think_tokens" not in idle and not think:
             notes.append("max_think_tokens has no effect without think")
-        if "text_temperature" in given and not given.get("do_sample"):
-            notes.append("text_temperature has no effect without do_sample")
+        if not given.get("do_sample"):
+            notes += [f"{name} has no effect without do_sample" for name in _SAMPLING[1:] if name in given]
         if init_noise is not None and not modality.endswith("img"):
             notes.append(f"init_noise has no effect on {modality}")
         if negative_prompt and not modality.endswith("img"):
@@ -280,6 +284,9 @@ class Result:
     image: Image.Image | None = None
     latents: np.ndarray | None = None  # [N, C p²] float32, after the last step
     seconds: dict[str, float] = field(default_factory=dict)  # by phase
+    time_to_first_token: float | None = None  # seconds from the request's arrival in stage 0, compiling included
+    tokens_per_second: float | None = None  # decoded, compiling left out
+    cached_prefix_tokens: int = 0  # of its contexts, found in the prefix cache
     notes: tuple[str, ...] = ()
 
 

@@ -15,6 +15,7 @@ from bagel_jax.ar.stage import ContextStage
 from bagel_jax.config import AutoencoderConfig, BagelConfig, TrunkConfig, VitConfig
 from bagel_jax.engine import Bagel
 from bagel_jax.models.weights import Weights, abstract_weights
+from bagel_jax.settings import ServingSettings
 
 TOKENIZER = Path(__file__).parent / "data" / "tiny-bagel"
 
@@ -59,6 +60,9 @@ CONFIG = BagelConfig(
     interpolate_positions=False,
 )
 
+# Few pages, so that a pool is made in no time.
+SERVING = {"num_pages": 200}
+
 
 def drawn(params: nnx.State) -> nnx.State:
     """Random values for abstract parameters, the same in every run; faster than the modules' initialisers."""
@@ -90,9 +94,9 @@ class _Source:
         return weights()
 
 
-def new_model() -> Bagel:
+def new_model(**settings) -> Bagel:
     """An engine that has served nobody yet."""
-    return Bagel(_Source(), "float32")
+    return Bagel(_Source(), "float32", ServingSettings(**SERVING | settings))
 
 
 @functools.cache
@@ -101,9 +105,10 @@ def model() -> Bagel:
     return new_model()
 
 
-def stage() -> ContextStage:
-    """Stage 0 of the small model."""
-    return ContextStage(weights(), CONFIG, jnp.float32, model().tokenizer)
+def new_stage(**settings) -> ContextStage:
+    """Stage 0 of the small model, with an empty pool."""
+    serving = ServingSettings(**SERVING | settings)
+    return ContextStage(weights(), CONFIG, jnp.float32, model().tokenizer, serving)
 
 
 def picture(seed: int = 0, width: int = 40, height: int = 40) -> Image.Image:

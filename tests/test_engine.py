@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 
 import jax.numpy as jnp
 import pytest
 
+from bagel_jax import clock as clock_module
 from bagel_jax import engine
+from bagel_jax.clock import Clock
 from bagel_jax.errors import InputError
 
 
@@ -26,13 +29,13 @@ def test_unknown_dtype():
 @pytest.fixture
 def compiling(monkeypatch):
     """Compiling that took so many seconds, ending now."""
-    monkeypatch.setattr(engine, "_compiling", [])
-    return lambda seconds: engine._note_compiling(engine._COMPILE_EVENTS[0], seconds)
+    monkeypatch.setattr(clock_module, "_compiling", deque())
+    return lambda seconds: clock_module._note_compiling(clock_module._COMPILE_EVENTS[0], seconds)
 
 
 def test_nested_tracing_is_counted_once(compiling):
     """A function's tracing holds that of the functions it calls: seconds.compile would exceed the time that passed."""
-    clock = engine._Clock()
+    clock = Clock()
     started = time.perf_counter()
     with clock.phase("denoise"):
         time.sleep(0.05)
@@ -45,7 +48,7 @@ def test_nested_tracing_is_counted_once(compiling):
 
 def test_phases_add_up(compiling):
     """Two stretches of one phase would overwrite each other, or compiling before a phase count in it."""
-    clock = engine._Clock()
+    clock = Clock()
     compiling(5)
     started = time.perf_counter()
     for _ in range(2):
@@ -58,8 +61,8 @@ def test_phases_add_up(compiling):
 
 def test_other_events_are_no_compiling(compiling):
     """Reading the cache of compiled programs, say, is inside compiling already."""
-    clock = engine._Clock()
+    clock = Clock()
     with clock.phase("decode"):
         time.sleep(0.01)
-        engine._note_compiling("/jax/compilation_cache/cache_retrieval_time_sec", 0.005)
+        clock_module._note_compiling("/jax/compilation_cache/cache_retrieval_time_sec", 0.005)
     assert clock.seconds["compile"] == 0

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden import GENERATION, UNDERSTANDING, Case, relative_error
+from serving import cache_of, logits_of, prefilled, serve
 
 from bagel_jax.ar.stage import ContextStage
-from bagel_jax.ar.steps import next_logits
 from bagel_jax.diffusion.guidance import guidance
 from bagel_jax.diffusion.loop import Canvas, guided_velocity
 from bagel_jax.diffusion.schedule import schedule
-from bagel_jax.engine import Bagel, hand_over
-from bagel_jax.inputs.plan import Placed, Text, View
+from bagel_jax.engine import Bagel
+from bagel_jax.inputs.plan import Text, View
 from bagel_jax.inputs.prepare import latent_positions, vit_positions
+from bagel_jax.settings import ServingSettings
 
 TOLERANCE = 1e-4
 
@@ -43,20 +46,9 @@ def tiny_bfloat16(tiny_dir):
     return Bagel.load(tiny_dir, dtype="bfloat16")
 
 
-def stage_of(model: Bagel) -> ContextStage:
-    return ContextStage(model.load_weights(), model.config, model.dtype, model.tokenizer)
-
-
-def decode_logits(model: Bagel, cache, view: View, ids) -> tuple[np.ndarray, object]:
-    """Logits of each step while `ids` are fed, and the cache after them."""
-    network = model.load_weights().model()
-    step = jax.jit(lambda cache, token, n, rope: next_logits(network, cache, token, n, rope))
-    cache = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, len(ids)), (0, 0), (0, 0))), cache)
-    logits = []
-    for i, token in enumerate(ids):
-        out, cache = step(cache, jnp.int32(token), jnp.int32(view.length + i), jnp.int32(view.rope + i))
-        logits.append(np.asarray(out))
-    return np.stack(logits), cache
+def stage_of(model: Bagel, **settings) -> ContextStage:
+    serving = ServingSettings(**{"num_pages": 600} | settings)
+    return ContextStage(model.load_weights(), model.config, model.dtype, model.tokenizer, serving)
 
 
 @pytest.mark.parametrize("name", GENERATION + UNDERSTANDING)
@@ -85,29 +77,25 @@ def test_tokens_and_contexts(tiny, cases_dir, name):
 def test_cache(tiny, cases_dir, name):
     """Keys (after norm and RoPE) and values of the full context, the thought text included."""
     case = Case.read(cases_dir, name)
-    prepared = tiny.prepare(case.request())
-    stage = stage_of(tiny)
-    cache, length = stage.prefill(prepared)[0], prepared.plan.main.length
-    if name == "text2img_think":
-        thought = Placed(Text(tiny.tokenizer.prompt(case.texts[0])), length, prepared.plan.main.rope)
-        cache, length = stage.extend(cache, thought, prepared), thought.kv_end
+    (finished,) = serve(stage_of(tiny), tiny.prepare(case.request())).values()
+    cache, length = finished.context.caches[0], int(finished.context.length[0])
     assert relative_error(cache.k[:, :length], case.arrays["ctx_main_k"]) < TOLERANCE
     assert relative_error(cache.v[:, :length], case.arrays["ctx_main_v"]) < TOLERANCE
 
 
+@pytest.mark.parametrize("settings", [{}, {"page_size": 16, "max_num_batched_tokens": 16}], ids=["usual", "in pieces"])
 @pytest.mark.parametrize("name", ["text2text", "img2text", "text2img_think"])
-def test_logits(tiny, cases_dir, name):
-    """Logits of every decoding step, and the cache after decoding."""
+def test_logits(tiny, cases_dir, name, settings):
+    """Logits of every decoding step, and the context after decoding."""
     case = Case.read(cases_dir, name)
-    prepared = tiny.prepare(case.request())
-    cache = stage_of(tiny).prefill(prepared)[0]
-    view, ids = prepared.plan.main, case.arrays["text_ids"]
-    logits, cache = decode_logits(tiny, cache, view, ids)
+    stage, ids = stage_of(tiny, **settings), case.arrays["text_ids"]
+    job = prefilled(stage, tiny.prepare(case.request()))
+    logits = logits_of(stage, job, ids)
     assert relative_error(logits, case.arrays["text_logits"]) < TOLERANCE
     if "ctx_text_k" in case.arrays:
-        length = view.length + len(ids)
-        assert relative_error(cache.k[:, :length], case.arrays["ctx_text_k"]) < TOLERANCE
-        assert relative_error(cache.v[:, :length], case.arrays["ctx_text_v"]) < TOLERANCE
+        cache = cache_of(stage, job, job.sequences[0].length + len(ids))
+        assert relative_error(cache.k, case.arrays["ctx_text_k"]) < TOLERANCE
+        assert relative_error(cache.v, case.arrays["ctx_text_v"]) < TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["img2text", "img2img", "img2img_two_images"])
@@ -156,13 +144,8 @@ def test_velocities(tiny, cases_dir, name):
     case = Case.read(cases_dir, name)
     request = case.request()
     prepared, s, model = tiny.prepare(request), request.settings, tiny.load_weights().model()
-    stage = stage_of(tiny)
-    caches, main = stage.prefill(prepared), prepared.plan.main
-    if request.think:
-        thought = Placed(Text(tiny.tokenizer.prompt(case.texts[0])), main.length, main.rope)
-        caches[0] = stage.extend(caches[0], thought, prepared)
-        main = View(0, thought.kv_end, main.rope + thought.segment.rope_advance)
-    context = hand_over(caches, main, prepared.plan.text, prepared.plan.img)
+    (finished,) = serve(stage_of(tiny), prepared).values()
+    context = finished.context
     canvas = Canvas(
         latent_positions(prepared.latent_grid, tiny.config),
         jnp.asarray([tiny.tokenizer.vision_start, tiny.tokenizer.vision_end]),
@@ -218,7 +201,40 @@ def test_bfloat16_logits(tiny_bfloat16, cases_dir, name):
     """In bfloat16 the first logits are no further from float32 than the official code's."""
     case = Case.read(cases_dir, name)
     prepared = tiny_bfloat16.prepare(case.request())
-    cache = stage_of(tiny_bfloat16).prefill(prepared)[0]
-    logits, _ = decode_logits(tiny_bfloat16, cache, prepared.plan.main, case.arrays["text_ids"][:1])
+    stage = stage_of(tiny_bfloat16)
+    logits = logits_of(stage, prefilled(stage, prepared), case.arrays["text_ids"][:1])
     error = relative_error(logits[0], case.arrays["text_logits"][0])
     assert 1e-4 < error < LUCK * BFLOAT16_LOGITS[name]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"page_size": 16, "num_pages": 2400, "max_num_batched_tokens": 48},
+        pytest.param({"page_size": 128, "max_num_seqs": 3}, marks=pytest.mark.slow),
+        pytest.param({"page_size": 32, "num_pages": 340, "max_num_seqs": 8}, marks=pytest.mark.slow),  # a tight pool
+    ],
+    ids=["usual", "small pages and pieces", "large pages", "a tight pool"],
+)
+def test_batch_mates(tiny, cases_dir, settings):
+    """A text or a context depends on page size, on how prefill is cut, or on what else is in work."""
+    cases = {name: Case.read(cases_dir, name) for name in GENERATION + UNDERSTANDING}
+    made = {name: tiny.prepare(dataclasses.replace(case.request(), request_id=name)) for name, case in cases.items()}
+    together = serve(stage_of(tiny, **settings), *made.values())
+    for name, case in cases.items():
+        if case.texts:
+            assert tiny.tokenizer.answer(together[name].ids) == case.texts[0]
+        if name not in GENERATION:
+            continue
+        context = together[name].context
+        (alone,) = serve(stage_of(tiny), made[name]).values()
+        np.testing.assert_array_equal(context.length, alone.context.length)
+        for i, row in enumerate(context.rows):
+            for ours, theirs in zip(context.caches[row], alone.context.caches[row], strict=True):
+                length = int(context.length[i])
+                if length:
+                    assert relative_error(ours[:, :length], theirs[:, :length]) < 1e-5
+        if "ctx_main_k" in case.arrays:
+            length = int(context.length[0])
+            assert relative_error(context.caches[0].k[:, :length], case.arrays["ctx_main_k"]) < TOLERANCE

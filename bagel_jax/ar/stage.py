@@ -1,155 +1,271 @@
-"""Stage 0: from a plan to a context, and text from a context.
-
-This one serves a request at a time over dense caches.
-"""
+"""Stage 0: from plans to contexts, and text from contexts, for many requests at once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from bagel_jax.ar.steps import (
-    DecodeState,
-    Sampling,
-    bucket,
-    decode,
-    empty_cache,
-    prefill_text,
-    prefill_vae,
-    prefill_vit,
-)
-from bagel_jax.inputs.plan import Placed, Text, VaeImage, VitImage
+from bagel_jax.ar import steps
+from bagel_jax.ar.batch import bucket, chunk_of, copies_of, power_of_two, rows_of
+from bagel_jax.ar.jobs import Decoding, Job, Statistics
+from bagel_jax.ar.pool import PagePool, automatic_num_pages
+from bagel_jax.ar.scheduler import Image, Scheduler, StepPlan
+from bagel_jax.errors import InputError
+from bagel_jax.handoff import ContextKV, hand_over
+from bagel_jax.inputs.plan import Placed, Text, VaeImage, View
 from bagel_jax.inputs.prepare import Prepared, latent_positions, vit_positions
 from bagel_jax.inputs.tokenizer import Tokenizer
 from bagel_jax.models.attention import KV
 from bagel_jax.models.weights import Weights
+from bagel_jax.pallas.paged_attention.pages import empty_pages
+from bagel_jax.settings import ServingSettings, attention_backend
 
-Progress = Callable[[int, int], None]  # done, of how many
-
+# Tokens of one context at most; the width of page tables, which every step carries, follows from it.
+MAX_CONTEXT = 32768
+# Tokens decoded in one call, where nothing else is to be done.
 _TOKENS_A_CALL = 8
 
 
-def _int32(value) -> jax.Array:
-    return jnp.asarray(value, jnp.int32)
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens that a request has decoded since it was last heard of."""
+
+    request_id: str
+    ids: list[int]
 
 
-def _pad(array: np.ndarray, length: int) -> np.ndarray:
-    return np.pad(array, [(0, length - array.shape[0])] + [(0, 0)] * (array.ndim - 1))
+@dataclass(frozen=True)
+class Finished:
+    """A request has left the stage."""
+
+    request_id: str
+    ids: list[int] | None  # decoded, `<|im_start|>` first and the end token not among them; None: nothing was
+    context: ContextKV | None  # where a picture is to be made
+    stats: Statistics
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A request had to be given up."""
+
+    request_id: str
+    error: str
+
+
+Event = Tokens | Finished | Failed
 
 
 class ContextStage:
-    """Builds caches and decodes.
+    """Builds contexts and decodes text for many requests, step by step.
 
     Args:
         weights: the model.
         config: its sizes.
-        dtype: of the caches.
-        tokenizer: for the marker tokens.
+        dtype: of keys and values.
+        tokenizer: for the marker tokens and the texts of thoughts.
+        settings: see `ServingSettings`.
+
+    Raises:
+        InputError: the device has no memory for the KV cache.
     """
 
-    def __init__(self, weights: Weights, config, dtype, tokenizer: Tokenizer):
-        self.weights, self.config, self.dtype, self.tokenizer = weights, config, dtype, tokenizer
-        self._markers = _int32([tokenizer.vision_start, tokenizer.vision_end])
+    def __init__(self, weights: Weights, config, dtype, tokenizer: Tokenizer, settings: ServingSettings | None = None):
+        self.weights, self.config, self.tokenizer = weights, config, tokenizer
+        self.settings = settings = settings or ServingSettings()
+        device = next(iter(jax.tree.leaves(weights.params)[0].devices()))
+        self.program = steps.Program(weights.graph, attention_backend(settings.attention, device.platform))
+        count = settings.num_pages or automatic_num_pages(config, settings, dtype, device)
+        self.table_width = min(count - 1, -(-MAX_CONTEXT // settings.page_size))
+        self.scheduler = Scheduler(PagePool(count), settings, (tokenizer.vision_start, tokenizer.vision_end))
+        c = config.trunk
+        shape = c.num_layers, count, c.num_kv_heads, settings.page_size, c.head_dim
+        self.pages = weights.place(empty_pages(*shape, dtype))
+        self.end_token = tokenizer.im_end
+        self._copy([(0, 0)])  # compiled now: the first request may not need it, and the next one should compile nothing
 
-    def prefill(self, prepared: Prepared) -> list[KV]:
-        """The caches of a plan, in its order, each `[L, S, K, E]` with S a bucket."""
-        caches: list[KV] = []
-        for build in prepared.plan.builds:
-            if build.copy_from is None:
-                cache = self.weights.place(empty_cache(self.config, bucket(1, 64), self.dtype))
-            else:  # copied, since the programs that extend a cache use it up
-                cache = jax.tree.map(jnp.copy, fitted(caches[build.copy_from], build.shared))
-            # Room for all of it at once: a cache of another capacity is another program.
-            cache = _grown(cache, max((_padded_end(placed) for placed in build.compute), default=1))
-            for placed in build.compute:
-                cache = self.extend(cache, placed, prepared)
-            caches.append(cache)
-        return caches
+    @property
+    def busy(self) -> bool:
+        """Whether a step would do anything."""
+        return bool(self.scheduler.running or self.scheduler.waiting)
 
-    def extend(self, cache: KV, placed: Placed, prepared: Prepared) -> KV:
-        """The cache with one more segment at its place."""
-        segment = placed.segment
-        start, rope = _int32(placed.kv_start), _int32(placed.rope)
-        model = self.weights.graph, self.weights.params
-        cache = _grown(cache, _padded_end(placed))
-        if isinstance(segment, Text):
-            ids = _pad(np.asarray(segment.ids, np.int32), bucket(segment.num_tokens))
-            return prefill_text(*model, cache, ids, start, rope)
+    @property
+    def num_requests(self) -> int:
+        """Requests that have not left yet."""
+        return len(self.scheduler.running) + len(self.scheduler.waiting)
+
+    def submit(self, prepared: Prepared) -> None:
+        """Takes a request in; `step` works on it.
+
+        Raises:
+            InputError: it could never fit into the pages there are, or its id is taken.
+        """
+        request = prepared.request
+        if any(job.request_id == request.request_id for job in self._jobs()):
+            raise InputError(f"request_id {request.request_id!r} is already in work; each request needs its own")
+        job = Job.create(prepared, self._decoding(request), self.tokenizer.im_start)
+        reason = self._too_long(job)
+        if reason is not None:
+            raise InputError(reason)
+        self.scheduler.waiting.append(job)
+
+    def cancel(self, request_id: str) -> bool:
+        """Drops a request and frees its pages; False if it is not there (any more)."""
+        for job in self._jobs():
+            if job.request_id == request_id:
+                self.scheduler.release(job)
+                return True
+        return False
+
+    def step(self) -> list[Event]:
+        """Computes one step; returns what has come of it."""
+        plan = self.scheduler.plan(_TOKENS_A_CALL)
+        self._copy(plan.copies)
+        chosen = self._dispatch(plan)
+        for piece in plan.pieces:
+            inside = plan.image.segment.num_tokens - 2 if plan.image and plan.image.sequence is piece.sequence else 0
+            count = len(piece.tokens) + inside
+            piece.job.stats.prefilled_tokens += count
+            self.scheduler.computed(piece.sequence, piece.sequence.computed + count)
+        if any(not any(s.missing for s in job.sequences) for job in {piece.job for piece in plan.pieces}):
+            jax.block_until_ready(self.pages)  # a context is there when it is computed, not when it is asked for
+        events: list[Event] = []
+        for job in dict.fromkeys(piece.job for piece in plan.pieces):
+            if not any(s.missing for s in job.sequences):
+                job.end_phase("prefill")
+        if chosen is not None:
+            for job, tokens in zip(plan.rows, np.asarray(chosen)[: len(plan.rows), : plan.tokens], strict=True):
+                events += self._decoded(job, tokens.tolist())
+        for job in [job for job in self.scheduler.running if job.finished]:
+            events.append(self._finish(job))
+        return events
+
+    def _jobs(self) -> list[Job]:
+        return [*self.scheduler.running, *self.scheduler.waiting]
+
+    def _decoding(self, request) -> Decoding | None:
+        if request.makes_picture and not request.think:
+            return None
+        s = request.settings
+        key = jax.random.key_data(jax.random.key(request.seed, impl="threefry2x32"))
+        return Decoding(
+            limit=s.max_think_tokens if request.makes_picture else s.max_tokens,
+            key=tuple(np.asarray(key).tolist()),
+            do_sample=s.do_sample,
+            temperature=s.text_temperature,
+            top_k=s.top_k,
+            top_p=s.top_p,
+        )
+
+    def _too_long(self, job: Job) -> str | None:
+        size = self.settings.page_size
+        longest = max(s.length for s in job.sequences) + (job.decoding.limit if job.decoding is not None else 0)
+        if longest > MAX_CONTEXT:
+            return f"the request may need {longest} tokens of context; at most {MAX_CONTEXT} are possible"
+        pages, there = self.scheduler.pages_needed(job), self.scheduler.pool.num_pages
+        if pages > there:
+            return (
+                f"the request may need {pages} pages of {size} tokens and the KV cache has {there}; raise num_pages to "
+                f"{pages + 1} or lower its limit of tokens"
+            )
+        return None
+
+    def _dispatch(self, plan: StepPlan):
+        """Starts the step's program; returns the tokens chosen, `[R, tokens]`, or None where no row decodes."""
+        static, params, settings = self.program, self.weights.params, self.settings
+        rows = chunk = None
+        if plan.pieces:
+            image = None if plan.image is None else self._embed(plan.image)
+            static = static._replace(latents=plan.image is not None and isinstance(plan.image.segment, VaeImage))
+            chunk = chunk_of(plan, image, settings.page_size, self.table_width)
+        if plan.rows:
+            size = settings.max_num_seqs if plan.pieces else power_of_two(len(plan.rows))
+            rows, sampling = rows_of(plan.rows, size, self.table_width)
+        if rows is None and chunk is None:
+            return None
+        if rows is None:
+            self.pages = steps.prefill(static, params, self.pages, chunk)
+            return None
+        if chunk is None:
+            ends = np.int32(self.end_token), np.int32(plan.tokens)
+            chosen, self.pages = steps.decode(static, params, self.pages, rows, sampling, *ends)
+        else:
+            chosen, self.pages = steps.mixed(static, params, self.pages, rows, chunk, sampling)
+        return chosen
+
+    def _copy(self, copies: Sequence[tuple[int, int]]) -> None:
+        for source, target in copies_of(copies):
+            self.pages = steps.copy_pages(self.pages, source, target)
+
+    def _embed(self, image: Image) -> jax.Array:
+        """A picture's block between its markers, `[N, D]`, padded."""
+        prepared, segment = image.job.prepared, image.segment
         picture = prepared.pictures[segment.picture]
+        model = self.weights.graph, self.weights.params
+        count = segment.num_tokens - 2
         if isinstance(segment, VaeImage):
             noise = prepared.posterior_noise[segment.picture]
             positions = latent_positions((segment.rows, segment.columns), self.config)
-            return prefill_vae(*model, cache, picture.vae_pixels, noise, positions, self._markers, start, rope)
-        length = len(picture.vit_patches)
-        patches = _pad(picture.vit_patches, bucket(length, 64))
-        positions = _pad(vit_positions(picture, self.config), bucket(length, 64))
-        return prefill_vit(*model, cache, patches, positions, _int32(length), self._markers, start, rope)
+            return steps.embed_vae(*model, picture.vae_pixels, noise, positions, bucket(count, 64))
+        padding = bucket(count, 64) - count
+        patches = np.pad(picture.vit_patches, ((0, padding), (0, 0)))
+        positions = np.pad(vit_positions(picture, self.config), (0, padding))
+        return steps.embed_vit(*model, patches, positions, np.int32(count))
 
-    def decode(
-        self, cache: KV, length: int, rope: int, max_tokens: int, sampling: Sampling, progress: Progress | None = None
-    ) -> tuple[list[int], KV]:
-        """Text from a context.
+    def _decoded(self, job: Job, tokens: list[int]) -> list[Event]:
+        """Takes in the tokens that a row chose one after another; what comes behind the end of a text is none."""
+        sequence, stats = job.sequences[0], job.stats
+        if stats.time_to_first_token is None:
+            stats.time_to_first_token = time.perf_counter() - stats.submitted
+        new: list[int] = []
+        for token in tokens:
+            sequence.computed += 1
+            stats.decoded_tokens += 1
+            if token == self.end_token or len(sequence.tail) >= job.decoding.limit:
+                return [*([Tokens(job.request_id, new)] if new else []), *self._end_text(job)]
+            sequence.tail.append(token)
+            new.append(token)
+        return [Tokens(job.request_id, new)]
 
-        Args:
-            cache: the context; its first `length` tokens are left as they are.
-            length: tokens of the context.
-            rope: its next RoPE position.
-            max_tokens: decoding steps at most, `<|im_start|>` being the first.
-            sampling: how tokens are chosen.
-            progress: called as `progress(done, max_tokens)` before the first token and after every few.
+    def _end_text(self, job: Job) -> list[Event]:
+        """A text is over; before a picture it becomes part of the context, tokenized anew as officially."""
+        job.decoding, sequence = None, job.sequences[0]
+        job.ids = list(sequence.tail)
+        job.end_phase("decode")
+        if not job.prepared.request.makes_picture:
+            return []
+        thought = Text(self.tokenizer.prompt(self.tokenizer.answer(job.ids)))
+        sequence.computed, sequence.tail = sequence.length, []
+        sequence.segments.append(Placed(thought, sequence.length, sequence.rope))
+        job.main = View(0, sequence.length, sequence.rope)
+        reason = self._too_long(job)
+        if reason is not None:
+            self.scheduler.release(job)
+            return [Failed(job.request_id, reason)]
+        if not self.scheduler.grow(sequence, sequence.length):
+            self.scheduler.preempt(job)
+        return []
 
-        Returns:
-            The ids, `<|im_start|>` first and the end token not among them, and the cache with them behind the
-            context.
-        """
-        state = DecodeState(
-            tokens=jnp.zeros((bucket(max_tokens, 64),), jnp.int32),
-            count=_int32(0),
-            token=_int32(self.tokenizer.im_start),
-            length=_int32(length),
-            rope=_int32(rope),
-            done=jnp.asarray(False),
-        )
-        state, cache = self.weights.place(state), _grown(cache, length + max_tokens)
-        count = 0
-        if progress is not None:
-            progress(0, max_tokens)
-        while count < max_tokens and not bool(state.done):
-            stop = min(count + _TOKENS_A_CALL, max_tokens)
-            state, cache = decode(self.weights.graph, self.weights.params, cache, state, sampling, _int32(stop))
-            count = int(state.count)
-            if progress is not None:
-                progress(count, max_tokens)
-        return np.asarray(state.tokens)[:count].tolist(), cache
+    def _finish(self, job: Job) -> Finished:
+        context = None
+        if job.prepared.request.makes_picture:
+            plan = job.prepared.plan
+            views = job.main, plan.text, plan.img
+            longest: dict[int, int] = {}
+            for view in views:
+                longest[view.cache] = max(longest.get(view.cache, 0), view.length)
+            caches = {i: self.dense(job.sequences[i].pages, length) for i, length in longest.items()}
+            context = hand_over(caches, *views)
+        self.scheduler.release(job)
+        return Finished(job.request_id, job.ids, context, job.stats)
 
-    def sampling(self, seed: int, do_sample: bool, temperature: float) -> Sampling:
-        """The choice of tokens for one request, random from its seed alone."""
-        key = jax.random.key(seed, impl="threefry2x32")
-        return Sampling(key, jnp.asarray(do_sample), jnp.float32(temperature), _int32(self.tokenizer.im_end))
-
-
-def _padded_end(placed: Placed) -> int:
-    """One past the last token that a segment's program writes, padding included."""
-    segment = placed.segment
-    if isinstance(segment, Text):
-        return placed.kv_start + bucket(segment.num_tokens)
-    if isinstance(segment, VitImage):
-        return placed.kv_start + bucket(segment.num_tokens - 2, 64) + 2
-    return placed.kv_end
-
-
-def fitted(cache: KV, length: int) -> KV:
-    """A cache cut to the bucket of the tokens that are wanted of it."""
-    capacity = bucket(max(length, 1), 64)
-    return KV(*(x[:, :capacity] for x in _grown(cache, capacity)))
-
-
-def _grown(cache: KV, capacity: int) -> KV:
-    """The cache with room for `capacity` tokens."""
-    missing = bucket(capacity, 64) - cache.k.shape[1]
-    if missing <= 0:
-        return cache
-    return KV(*(jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))) for x in cache))
+    def dense(self, pages: Sequence[int], length: int) -> KV:
+        """The first `length` tokens of a sequence as a cache `[L, S, K, E]`, S a bucket."""
+        capacity = bucket(max(length, 1), 64)
+        numbers = np.zeros(-(-capacity // self.settings.page_size), np.int32)
+        own = pages[: -(-length // self.settings.page_size)]
+        numbers[: len(own)] = own
+        return steps.dense(self.pages, numbers, capacity)

@@ -1,8 +1,9 @@
-"""The jitted programs of stage 0 over a dense cache: prefill of a text, of a picture, and decoding.
+"""The jitted programs of stage 0 over KV in pages.
 
-A program is compiled for the padded lengths (`bucket`) of its arguments. Where in the cache a block goes, its RoPE
-position and how much of it is padding are traced. Padding is written past the block's end, where the next block
-overwrites it and no mask reaches.
+`advance` is one step: a token of each decoding row, and behind them tokens to prefill, of any sequences, which may hold
+one block of a picture. All keys and values of the step are written before any are attended to, so a text and the
+picture before it may share a step. A program is compiled for the padded sizes (`batch.py`) of its arguments; what is in
+them is traced.
 """
 
 from __future__ import annotations
@@ -14,144 +15,171 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from bagel_jax.ar.sampling import Sampling, choose
 from bagel_jax.models.attention import KV
 from bagel_jax.models.bagel import BagelModel
-from bagel_jax.models.mot import Block, Prefix
+from bagel_jax.models.mot import Block
+from bagel_jax.pallas.paged_attention import pages as layout
+from bagel_jax.pallas.paged_attention.api import paged_attention, paged_decode
 
-program = partial(jax.jit, static_argnames=("graph",), donate_argnames=("cache",))
-
-
-def bucket(length: int, least: int = 16) -> int:
-    """A length padded to one of few: at most an eighth more, and at least `least`."""
-    unit = max(least, 2 ** max(0, length.bit_length() - 4))
-    return max(least, -(-length // unit) * unit)
+# Decoding steps of one call at most.
+MAX_CALL = 16
 
 
-def empty_cache(model_config, capacity: int, dtype) -> KV:
-    """A dense cache `[L, S, K, E]` of zeros."""
-    c = model_config.trunk
-    shape = (c.num_layers, capacity, c.num_kv_heads, c.head_dim)
-    return KV(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+class Rows(NamedTuple):
+    """R sequences that decode; a row of padding has `done` set."""
+
+    token: jax.Array  # [R] int32, the token that is fed next
+    place: jax.Array  # [R] int32, its place in the sequence
+    rope: jax.Array  # [R] int32, its RoPE position
+    count: jax.Array  # [R] int32, tokens that were fed before it
+    limit: jax.Array  # [R] int32, tokens that may be fed in all
+    done: jax.Array  # [R] bool
+    page_table: jax.Array  # [R, n] int32
 
 
-def _append(model: BagelModel, cache: KV, start, block: Block, positions, kv_end) -> tuple[Block, KV]:
-    """Runs one row of tokens behind the first `start` of the cache and writes their keys and values there."""
-    prefix = Prefix((cache,), (0,), start[None])
-    out, fresh = model.trunk(block, positions, kv_end, prefix)
-    written = [
-        jax.lax.dynamic_update_slice_in_dim(old, new[:, 0], start, axis=1)
-        for old, new in zip(cache, fresh, strict=True)
-    ]
-    return out, KV(*written)
+class Chunk(NamedTuple):
+    """Tokens to prefill: T of text and markers, then the N of a picture's block, if any."""
+
+    ids: jax.Array  # [T] int32
+    image: jax.Array | None  # [N, D], embedded patches or latents
+    rope: jax.Array  # [T + N] int32
+    page: jax.Array  # [T + N] int32, where each token's keys and values go; 0: padding
+    slot: jax.Array  # [T + N] int32
+    kv_end: jax.Array  # [T + N] int32
+    offsets: jax.Array  # [S + 1] int32, see `paged_attention`
+    page_table: jax.Array  # [S, n] int32
 
 
-@program
-def prefill_text(graph, params, cache: KV, ids, start, rope) -> KV:
-    """Appends a text.
+class Program(NamedTuple):
+    """What is static in a step."""
 
-    Args:
-        graph, params: the model, split.
-        cache: `[L, S, K, E]`; donated.
-        ids: `[T]` int32, padded.
-        start: tokens already in the cache.
-        rope: RoPE position of the first token.
+    graph: nnx.GraphDef
+    backend: str  # of attention
+    latents: bool = False  # the picture's tokens are latents, for the generation expert
+
+
+program = partial(jax.jit, static_argnames=("static",), donate_argnames=("pages",))
+
+
+def advance(model: BagelModel, pages, rows: Rows | None, chunk: Chunk | None, static: Program):
+    """One step of the trunk; at least one of `rows` and `chunk` is there.
+
+    Returns:
+        Logits `[R, V]` of the rows (None without rows), and the pages.
     """
-    model = nnx.merge(graph, params)
-    count = jnp.arange(ids.shape[0])
-    return _append(model, cache, start, Block(model.trunk.embed(ids)[None]), (rope + count)[None], count + 1)[1]
+    ids, rope, page, slot = [], [], [], []
+    num_rows = 0
+    if rows is not None:
+        num_rows = rows.token.shape[0]
+        size = layout.page_size(pages)
+        own = jnp.take_along_axis(rows.page_table, rows.place[:, None] // size, axis=1)[:, 0]
+        ids, rope = [rows.token], [rows.rope]
+        page, slot = [jnp.where(rows.done, 0, own)], [rows.place % size]
+    if chunk is not None:
+        ids, rope, page, slot = [*ids, chunk.ids], [*rope, chunk.rope], [*page, chunk.page], [*slot, chunk.slot]
+    ids, rope, page, slot = (jnp.concatenate(parts) for parts in (ids, rope, page, slot))
+    x = Block(model.trunk.embed(ids))
+    if chunk is not None and chunk.image is not None:
+        x = Block(x.und, chunk.image) if static.latents else Block(jnp.concatenate([x.und, chunk.image]))
+
+    def attention(layer, q, kv, pages):
+        pages = layout.write(pages, layer, page, slot, kv.k, kv.v)
+        outs = []
+        if rows is not None:
+            kv_end = jnp.where(rows.done, 0, rows.place + 1)
+            outs.append(paged_decode(q[:num_rows], pages, layer, rows.page_table, kv_end, backend=static.backend))
+        if chunk is not None:
+            where = chunk.page_table, chunk.offsets, chunk.kv_end
+            outs.append(paged_attention(q[num_rows:], pages, layer, *where, backend=static.backend))
+        return jnp.concatenate(outs), pages
+
+    out, pages = model.trunk.paged(x, rope, pages, attention)
+    return (None if rows is None else model.trunk.logits(out.und[:num_rows])), pages
 
 
 @program
-def prefill_vit(graph, params, cache: KV, patches, position_ids, length, markers, start, rope) -> KV:
-    """Appends a picture's ViT block: `<|vision_start|>`, patches, `<|vision_end|>`.
-
-    Args:
-        graph, params, cache, start: see `prefill_text`.
-        patches: `[T, patch patch 3]` and
-        position_ids: `[T]`, padded;
-        length: how many of the T are real.
-        markers: `[2]` token ids.
-        rope: the RoPE position of the whole block.
-    """
-    model = nnx.merge(graph, params)
-    x = model.embed_vit(patches, position_ids, length)
-    first, last = model.trunk.embed(markers)
-    x = jnp.concatenate([first[None], x, last[None]])
-    x = jnp.where(jnp.arange(x.shape[0])[:, None] == length + 1, last, x)
-    kv_end = jnp.full((x.shape[0],), length + 2, jnp.int32)
-    return _append(model, cache, start, Block(x[None]), rope[None, None], kv_end)[1]
+def prefill(static: Program, params, pages, chunk: Chunk) -> jax.Array:
+    """Writes the keys and values of a chunk; returns the pages."""
+    return advance(nnx.merge(static.graph, params), pages, None, chunk, static)[1]
 
 
 @program
-def prefill_vae(graph, params, cache: KV, pixels, noise, position_ids, markers, start, rope) -> KV:
-    """Appends a picture's latent block: `<|vision_start|>`, clean latent tokens, `<|vision_end|>`.
-
-    Args:
-        graph, params, cache, markers, start, rope: see `prefill_vit`.
-        pixels: `[H, W, 3]` in [-1, 1].
-        noise: `[h, w, C]` for the posterior sample.
-        position_ids: `[N]`.
-    """
-    model = nnx.merge(graph, params)
-    latents = model.autoencoder.encode(pixels[None], noise[None])[0]
-    tokens = model.patchify_latents(latents)[None]
-    block = model.latent_block(tokens, jnp.zeros((1,)), position_ids, markers)
-    size = tokens.shape[1] + 2
-    return _append(model, cache, start, block, rope[None, None], jnp.full((size,), size, jnp.int32))[1]
-
-
-def next_logits(model: BagelModel, cache: KV, token, length, rope) -> tuple[jax.Array, KV]:
-    """One decoding step: the logits `[V]` after `token`, and the cache with the token in it."""
-    x = Block(model.trunk.embed(token[None])[None])
-    out, cache = _append(model, cache, length, x, rope[None, None], jnp.ones((1,), jnp.int32))
-    return model.trunk.logits(out.und[0, 0]), cache
-
-
-class DecodeState(NamedTuple):
-    """Where decoding stands. `tokens[:count]` are in the cache; `token` is next unless `done`."""
-
-    tokens: jax.Array  # [M] int32
-    count: jax.Array
-    token: jax.Array
-    length: jax.Array  # tokens in the cache
-    rope: jax.Array
-    done: jax.Array
-
-
-class Sampling(NamedTuple):
-    """How the next token is chosen; all traced."""
-
-    key: jax.Array
-    do_sample: jax.Array
-    temperature: jax.Array
-    end_token: jax.Array
-
-    def choose(self, logits: jax.Array, count: jax.Array) -> jax.Array:
-        """A token from logits `[V]`, for decoding step number `count`."""
-        sampled = jax.random.categorical(jax.random.fold_in(self.key, count), logits / self.temperature)
-        return jnp.where(self.do_sample, sampled, jnp.argmax(logits)).astype(jnp.int32)
+def mixed(static: Program, params, pages, rows: Rows, chunk: Chunk, sampling: Sampling):
+    """One token for each row, and a chunk; returns the tokens chosen next, `[R, 1]`, and the pages."""
+    logits, pages = advance(nnx.merge(static.graph, params), pages, rows, chunk, static)
+    return choose(logits, rows.count, sampling)[:, None], pages
 
 
 @program
-def decode(graph, params, cache: KV, state: DecodeState, sampling: Sampling, stop) -> tuple[DecodeState, KV]:
-    """Decodes until `stop` tokens are there, or the end token is chosen; that one is not kept.
+def decode(static: Program, params, pages, rows: Rows, sampling: Sampling, end_token, steps):
+    """Feeds `steps` tokens to each row, fewer where it meets the end token or its limit.
 
     Source: official `generate_text`; so `<|im_start|>`, with which decoding begins, counts as one of the tokens.
+
+    Args:
+        static, params, pages: model and KV.
+        rows: see `Rows`; the page table must hold pages for `steps` tokens more.
+        sampling: see `Sampling`.
+        end_token: scalar.
+        steps: scalar, at most `MAX_CALL`.
+
+    Returns:
+        The tokens chosen, `[R, MAX_CALL]`, of which each row's are valid up to where it ended, and the pages.
     """
-    model = nnx.merge(graph, params)
+    model = nnx.merge(static.graph, params)
 
     def step(carry):
-        state, cache = carry
-        logits, cache = next_logits(model, cache, state.token, state.length, state.rope)
-        token = sampling.choose(logits, state.count)
-        state = DecodeState(
-            tokens=state.tokens.at[state.count].set(state.token),
-            count=state.count + 1,
+        i, rows, chosen, pages = carry
+        logits, pages = advance(model, pages, rows, None, static)
+        token = choose(logits, rows.count, sampling)
+        rows = Rows(
             token=token,
-            length=state.length + 1,
-            rope=state.rope + 1,
-            done=token == sampling.end_token,
+            place=rows.place + 1,
+            rope=rows.rope + 1,
+            count=rows.count + 1,
+            limit=rows.limit,
+            done=rows.done | (token == end_token) | (rows.count + 1 >= rows.limit),
+            page_table=rows.page_table,
         )
-        return state, cache
+        return i + 1, rows, chosen.at[:, i].set(token), pages
 
-    return jax.lax.while_loop(lambda c: (c[0].count < stop) & ~c[0].done, step, (state, cache))
+    chosen = jnp.zeros((rows.token.shape[0], MAX_CALL), jnp.int32)
+    carry = jnp.int32(0), rows, chosen, pages
+    _, _, chosen, pages = jax.lax.while_loop(lambda c: (c[0] < steps) & ~c[1].done.all(), step, carry)
+    return chosen, pages
+
+
+@partial(jax.jit, static_argnames=("graph",))
+def embed_vit(graph, params, patches, position_ids, length) -> jax.Array:
+    """A picture's patches `[N, patch patch 3]` -> trunk inputs `[N, D]`; `length` of the N are real."""
+    return nnx.merge(graph, params).embed_vit(patches, position_ids, length)
+
+
+@partial(jax.jit, static_argnames=("graph", "size"))
+def embed_vae(graph, params, pixels, noise, position_ids, size: int) -> jax.Array:
+    """A picture's pixels `[H, W, 3]` in [-1, 1] -> its clean latent tokens as trunk inputs, padded to `[size, D]`.
+
+    Args:
+        graph, params: the model.
+        pixels: the picture.
+        noise: `[h, w, C]`, for the posterior sample.
+        position_ids: `[N]`.
+        size: at least N.
+    """
+    model = nnx.merge(graph, params)
+    tokens = model.patchify_latents(model.autoencoder.encode(pixels[None], noise[None])[0])
+    x = model.embed_latents(tokens[None], jnp.zeros((1, 1)), position_ids)[0]
+    return jnp.pad(x, ((0, size - x.shape[0]), (0, 0)))
+
+
+@partial(jax.jit, donate_argnames=("pages",))
+def copy_pages(pages, source, target) -> jax.Array:
+    """See `layout.copy_pages`."""
+    return layout.copy_pages(pages, source, target)
+
+
+@partial(jax.jit, static_argnames=("capacity",))
+def dense(pages, numbers, capacity: int) -> KV:
+    """The first `capacity` tokens of the pages `numbers` `[n]`, `[L, capacity, K, E]`."""
+    return KV(*(x[:, :capacity] for x in layout.to_dense(pages, numbers)))

@@ -10,7 +10,7 @@ Source: official `modeling/bagel/qwen2_navit.py`, `Qwen2MoTDecoderLayer` and `Pa
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -115,13 +115,19 @@ class Layer(nnx.Module):
         markers = jnp.concatenate([out[:, :1], out[:, -1:]], axis=1)
         return Block(self.und.finish(x.und, markers), self.gen.finish(x.gen, out[:, 1:-1])), KV(k, v)
 
-    def packed(self, x: Block, cos, sin, sight: Sight) -> Block:
-        """One layer over rows of packed samples, the tokens of `und` before those of `gen`."""
-        size = x.und.shape[1]
-        mine = [self.und.qkv(x.und, cos[:, :size], sin[:, :size]), self.gen.qkv(x.gen, cos[:, size:], sin[:, size:])]
-        q, k, v = (jnp.concatenate(both, axis=1) for both in zip(*mine, strict=True))
-        out = jax.vmap(attend_packed)(q, KV(k, v), sight)
-        return Block(self.und.finish(x.und, out[:, :size]), self.gen.finish(x.gen, out[:, size:]))
+    def packed(self, x: Block, cos, sin, attention) -> tuple[Block, Any]:
+        """One layer over tokens packed in any order, those of `und` before those of `gen`; rows B may be missing.
+
+        `attention(q, kv)` of all of them together knows who sees whom; what it returns beside its output is returned.
+        """
+        size = x.und.shape[-2]
+        mine = [self.und.qkv(x.und, cos[..., :size, :], sin[..., :size, :])]
+        if x.gen is not None:
+            mine.append(self.gen.qkv(x.gen, cos[..., size:, :], sin[..., size:, :]))
+        q, k, v = (jnp.concatenate(both, axis=-3) for both in zip(*mine, strict=True))
+        out, extra = attention(q, KV(k, v))
+        und = self.und.finish(x.und, out[..., :size, :, :])
+        return Block(und, None if x.gen is None else self.gen.finish(x.gen, out[..., size:, :, :])), extra
 
 
 def _between(markers, latents):
@@ -179,8 +185,34 @@ class MoT(nnx.Module):
             The normed hidden states.
         """
         cos, sin = rotary(positions, self.config.head_dim, self.config.rope_theta)
-        x, _ = scan_layers(self.layers, lambda layer, x, _: (layer.packed(x, cos, sin, sight), None), x, remat=remat)
+
+        def attention(q, kv):
+            return jax.vmap(attend_packed)(q, kv, sight), None
+
+        x, _ = scan_layers(self.layers, lambda layer, x, _: layer.packed(x, cos, sin, attention), x, remat=remat)
         return Block(self.norm(x.und), self.norm_gen(x.gen))
+
+    def paged(self, x: Block, positions: jax.Array, cache, attention) -> tuple[Block, Any]:
+        """All layers over tokens of many sequences, whose keys and values are kept in a cache of any form.
+
+        Args:
+            x: embedded tokens, `und` `[T, D]` and `gen` `[N, D]` or None.
+            positions: RoPE positions, `[T + N]`.
+            cache: a pytree that goes from layer to layer, so that it is changed in place.
+            attention: `attention(layer, q, kv, cache) -> out, cache`, for the number of the layer and queries, keys and
+                values `[T + N, H or K, E]`: puts the keys and values into the cache and attends to what is in there.
+
+        Returns:
+            The normed hidden states and the cache.
+        """
+        cos, sin = rotary(positions, self.config.head_dim, self.config.rope_theta)
+
+        def step(layer, carry, number):
+            x, cache = carry
+            return layer.packed(x, cos, sin, lambda q, kv: attention(number, q, kv, cache)), None
+
+        (x, cache), _ = scan_layers(self.layers, step, (x, cache), jnp.arange(self.config.num_layers))
+        return Block(self.norm(x.und), None if x.gen is None else self.norm_gen(x.gen)), cache
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """`[..., D]` (from `__call__`) -> `[..., V]` float32."""

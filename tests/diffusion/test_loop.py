@@ -9,13 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from small import CONFIG, model, new_model, picture, weights
+from serving import serve
+from small import CONFIG, model, new_model, new_stage, picture, weights
 
-from bagel_jax.ar.stage import ContextStage
 from bagel_jax.diffusion.guidance import combine, guidance
 from bagel_jax.diffusion.loop import Canvas, DenoiseState, decode_latents, denoise, guided_velocity
 from bagel_jax.diffusion.schedule import schedule, timesteps
-from bagel_jax.engine import hand_over
 from bagel_jax.handoff import ContextKV
 from bagel_jax.inputs.prepare import latent_positions
 from bagel_jax.models.attention import KV
@@ -32,8 +31,8 @@ BOTH = guidance(4.0, 2.0, "text_channel", 0.0)
 def context():
     """The contexts of an edit: three rows over two caches."""
     prepared = model().prepare(Request.create("img2img", "a red bench", picture()))
-    stage = ContextStage(weights(), CONFIG, jnp.float32, model().tokenizer)
-    made = hand_over(stage.prefill(prepared), prepared.plan.main, prepared.plan.text, prepared.plan.img)
+    (finished,) = serve(new_stage(), prepared).values()
+    made = finished.context
     assert (made.rows, made.text_row, made.img_row) == ((0, 0, 1), 1, 2)
     return made
 

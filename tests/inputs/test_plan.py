@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
-import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bagel_jax.engine import hand_over
+from bagel_jax.handoff import hand_over
 from bagel_jax.inputs.plan import Contexts, PictureGrids, Placed, Text, VaeImage, View, VitImage, contexts, place, plan
 from bagel_jax.models.attention import KV
 
@@ -136,7 +135,7 @@ def test_equal_contexts_are_one_row():
     """Guidance of text2img costs three evaluations instead of two."""
     cache = KV(jnp.zeros((1, 64, 1, 2)), jnp.zeros((1, 64, 1, 2)))
     made = planned(A)
-    context = hand_over([cache], made.main, made.text, made.img)
+    context = hand_over({0: cache}, made.main, made.text, made.img)
     assert (context.rows, context.text_row, context.img_row) == ((0, 0), 1, 0)
     assert (context.length.tolist(), context.rope.tolist()) == ([4, 0], [4, 0])
     assert len(context.caches) == 1
@@ -146,12 +145,12 @@ def test_contexts_handed_over_are_the_right_ones():
     """Rows are paired with another branch's cache, length or position."""
     caches = [KV(jnp.full((1, 64, 1, 2), i), jnp.full((1, 64, 1, 2), -i)) for i in (7.0, 8.0, 9.0)]
     made = planned(FIRST, A, negative=NEGATIVE)
-    context = hand_over(caches, made.main, made.text, made.img)
+    context = hand_over(dict(enumerate(caches)), made.main, made.text, made.img)
     assert [float(context.caches[row].k[0, 0, 0, 0]) for row in context.rows] == [7, 8, 9]
     assert (context.text_row, context.img_row) == (1, 2)
     assert (context.length.tolist(), context.rope.tolist()) == ([34, 36, 4], [6, 8, 4])
     last = planned(A, FIRST)
-    context = hand_over(caches[:1], last.main, last.text, last.img)
+    context = hand_over({0: caches[0]}, last.main, last.text, last.img)
     assert (context.rows, context.text_row, context.img_row) == ((0, 0), 0, 1)
 
 
@@ -237,13 +236,3 @@ def test_contexts_follow_the_official_loop(prompt):
             text = list(main)
     text += [extra["negative"]] if extra["negative"] else []
     assert contexts(inputs, **extra) == Contexts(tuple(main), tuple(text), tuple(img))
-
-
-def test_a_row_keeps_only_what_it_may_see():
-    """A context is cut shorter than its branch needs it when it is handed over."""
-    values = jnp.arange(256, dtype=jnp.float32).reshape(1, 256, 1, 1)
-    long = Text(tuple(range(200)))
-    made = planned(long, A)
-    context = hand_over([KV(values, values)], made.main, made.text, made.img)
-    assert context.caches[0].k.shape[1] >= 204
-    assert np.array_equal(context.caches[0].k[0, :204, 0, 0], np.arange(204))

@@ -14,6 +14,9 @@ from flax import nnx
 from PIL import Image
 
 from bagel_jax.ar import steps
+from bagel_jax.ar.batch import bucket
+from bagel_jax.ar.sampling import Sampling
+from bagel_jax.ar.scheduler import MAX_TEXTS
 from bagel_jax.checkpoint.sizes import read_config
 from bagel_jax.checkpoint.table import AUTOENCODER, MAIN
 from bagel_jax.config import PictureTransform
@@ -27,6 +30,7 @@ from bagel_jax.models.weights import abstract_weights, flatten
 
 L, K, E, V = 28, 4, 128, 152064
 INT = jax.ShapeDtypeStruct((), jnp.int32)
+PAGES = jax.ShapeDtypeStruct((L, 2048, K, 2, 64, E), jnp.bfloat16)
 
 
 class Shapes:
@@ -116,45 +120,64 @@ def test_largest_picture_in_both_encoders(config):
     assert made.vit_patches.shape == (4900, 588)
 
 
-def test_prefill_of_a_text(weights):
-    """The text program does not trace at full size, or its cache changes type."""
-    out = jax.eval_shape(
-        steps.prefill_text, weights.graph, weights.params, cache(128), array(64, dtype=jnp.int32), INT, INT
+def chunk_of(text, image=None, sequences=MAX_TEXTS + 2):
+    """The arrays of a chunk to prefill: `text` tokens, and `image` of a picture."""
+
+    def ints(*shape):
+        return array(*shape, dtype=jnp.int32)
+
+    block = None if image is None else array(image, 3584, dtype=jnp.bfloat16)
+    total = text + (image or 0)
+    return steps.Chunk(ints(text), block, *(ints(total) for _ in range(4)), ints(sequences + 1), ints(sequences, 512))
+
+
+def rows_of(count):
+    """The arrays of rows that decode, and how they choose."""
+    ints = [array(count, dtype=jnp.int32) for _ in range(5)]
+    rows = steps.Rows(*ints, array(count, dtype=jnp.bool_), array(count, 512, dtype=jnp.int32))
+    sampling = Sampling(
+        array(count, 2, dtype=jnp.uint32), array(count, dtype=jnp.bool_), array(count), ints[0], array(count)
     )
-    assert shapes(out) == shapes(cache(128))
+    return rows, sampling
 
 
-def test_prefill_of_patches(weights):
-    """The largest picture to be understood does not trace, or its cache changes type."""
-    padded = steps.bucket(4900, 64)
-    args = array(padded, 588), array(padded, dtype=jnp.int32), INT, array(2, dtype=jnp.int32), INT, INT
-    out = jax.eval_shape(steps.prefill_vit, weights.graph, weights.params, cache(10240), *args)
-    assert shapes(out) == shapes(cache(10240))
+@pytest.mark.parametrize("chunk", [(2048,), (64, bucket(4900, 64)), (64, 4096)], ids=["text", "patches", "latents"])
+def test_prefill(weights, chunk):
+    """The largest step does not trace at full size, or its pages change type."""
+    static = steps.Program(weights.graph, "xla")._replace(latents=chunk[-1] == 4096)
+    args = static, weights.params, PAGES, chunk_of(*chunk)
+    assert shapes(jax.eval_shape(lambda *a: steps.prefill(static, *a), *args[1:])) == shapes(PAGES)
+    rows, sampling = rows_of(16)
+    mixed = jax.eval_shape(
+        lambda p, g, r, c, s: steps.mixed(static, p, g, r, c, s), *args[1:3], rows, args[3], sampling
+    )
+    assert shapes(mixed) == [((16, 1), jnp.int32), *shapes(PAGES)]
 
 
-def test_prefill_of_latents(weights):
-    """The largest picture to be edited does not trace, or its cache changes type."""
-    args = array(1024, 1024, 3), array(128, 128, 16), array(4096, dtype=jnp.int32), array(2, dtype=jnp.int32), INT, INT
-    out = jax.eval_shape(steps.prefill_vae, weights.graph, weights.params, cache(10240), *args)
-    assert shapes(out) == shapes(cache(10240))
+def test_embedding_of_pictures(weights):
+    """The largest picture does not trace through the ViT or the autoencoder."""
+    padded = bucket(4900, 64)
+    args = array(padded, 588), array(padded, dtype=jnp.int32), INT
+    vit = jax.eval_shape(lambda *a: steps.embed_vit(weights.graph, *a), weights.params, *args)
+    assert shapes(vit) == [((padded, 3584), jnp.bfloat16)]
+    args = array(1024, 1024, 3), array(128, 128, 16), array(4096, dtype=jnp.int32)
+    vae = jax.eval_shape(lambda *a: steps.embed_vae(weights.graph, *a, 4096), weights.params, *args)
+    assert shapes(vae) == [((4096, 3584), jnp.bfloat16)]
 
 
 def test_decoding(weights):
     """The decoding program does not trace at full size."""
-    state = steps.DecodeState(array(1024, dtype=jnp.int32), INT, INT, INT, INT, array(dtype=jnp.bool_))
-    key = jax.eval_shape(lambda: jax.random.key(0, impl="threefry2x32"))
-    sampling = steps.Sampling(key, array(dtype=jnp.bool_), array(), INT)
-    out = jax.eval_shape(steps.decode, weights.graph, weights.params, cache(2048), state, sampling, INT)
-    assert shapes(out) == shapes((state, cache(2048)))
+    static = steps.Program(weights.graph, "xla")
+    rows, sampling = rows_of(16)
+    out = jax.eval_shape(lambda *a: steps.decode(static, *a), weights.params, PAGES, rows, sampling, INT, INT)
+    assert shapes(out) == [((16, steps.MAX_CALL), jnp.int32), *shapes(PAGES)]
     logits, _ = jax.eval_shape(
-        lambda p, c: steps.next_logits(weights_model(weights, p), c, *[jnp.int32(0)] * 3), weights.params, cache(2048)
+        lambda p, pages, r: steps.advance(nnx.merge(weights.graph, p), pages, r, None, static),
+        weights.params,
+        PAGES,
+        rows,
     )
-    assert (logits.shape, logits.dtype) == ((V,), jnp.float32)
-
-
-def weights_model(weights, params):
-    """The module for parameters that are traced."""
-    return nnx.merge(weights.graph, params)
+    assert (logits.shape, logits.dtype) == ((16, V), jnp.float32)
 
 
 def test_denoising(weights):

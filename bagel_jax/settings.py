@@ -1,0 +1,71 @@
+"""How the stages run, as against what a request asks for. No jax here: bad options are found without it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from bagel_jax.errors import InputError, check_choice, check_flag, check_whole
+
+ATTENTION = ("auto", "reference", "xla", "pallas")
+# Read where the choice is auto.
+ATTENTION_VARIABLE = "BAGEL_JAX_ATTENTION"
+PAGE_SIZES = (16, 32, 64, 128)
+
+
+@dataclass(frozen=True)
+class ServingSettings:
+    """Settings of stage 0.
+
+    Args:
+        max_num_seqs: requests in work at once, at most.
+        max_num_batched_tokens: tokens a step, at most. A block of a picture is never cut: a larger one has a step with
+            no other prefill.
+        page_size: tokens a page of the KV cache, one of `PAGE_SIZES`.
+        num_pages: pages of the KV cache; None: as the device's memory and the largest contexts suggest.
+        prefix_cache: keep the pages of finished contexts and find them again by what is in them.
+        attention: one of `ATTENTION`; see `attention_backend`.
+
+    Raises:
+        InputError: a value out of range.
+    """
+
+    max_num_seqs: int = 16
+    max_num_batched_tokens: int = 2048
+    page_size: int = 64
+    num_pages: int | None = None
+    prefix_cache: bool = True
+    attention: str = "auto"
+
+    def __post_init__(self):
+        check_whole("max_num_seqs", self.max_num_seqs, 1, 1024)
+        check_whole("max_num_batched_tokens", self.max_num_batched_tokens, 16)
+        check_choice("page_size", self.page_size, PAGE_SIZES)
+        if self.num_pages is not None:
+            check_whole("num_pages", self.num_pages, 2)
+        check_flag("prefix_cache", self.prefix_cache)
+        check_choice("attention", self.attention, ATTENTION)
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise InputError(
+                f"max_num_batched_tokens is {self.max_num_batched_tokens}; it must be at least max_num_seqs, "
+                f"{self.max_num_seqs}, since each request in work decodes a token a step"
+            )
+
+
+def attention_backend(choice: str, platform: str) -> str:
+    """The backend of `pallas/paged_attention` for a platform (`cpu`, `tpu` or `gpu`).
+
+    For `auto` the environment variable `BAGEL_JAX_ATTENTION` decides, and without it the platform: kernels on TPU and
+    GPU, XLA on a CPU. `pallas` on a CPU is the TPU kernel, interpreted, which is only good for tests.
+
+    Raises:
+        InputError: the variable holds no choice.
+    """
+    if choice == "auto":
+        choice = os.environ.get(ATTENTION_VARIABLE) or "auto"
+        check_choice(ATTENTION_VARIABLE, choice, ATTENTION)
+    if choice == "auto":
+        choice = "xla" if platform == "cpu" else "pallas"
+    if choice == "pallas":
+        return {"cpu": "tpu-interpret"}.get(platform, platform)
+    return choice
