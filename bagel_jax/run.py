@@ -7,23 +7,22 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import os
 import shlex
 import sys
 import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn, TextIO
+from typing import NoReturn
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from bagel_jax.demo.example import EXAMPLES, MODEL
 from bagel_jax.errors import InputError
-from bagel_jax.request import MODALITIES, RENORM_TYPES, Request, Result, Settings, defaults_table, open_picture
+from bagel_jax.request import MODALITIES, RENORM_TYPES, Request, Settings, defaults_table, open_picture
+from bagel_jax.results import Results, output_folder
+from bagel_jax.settings import ATTENTION, ATTENTION_VARIABLE, PAGE_SIZES, ServingSettings
 
 # Exit codes.
 _DONE, _FAILED, _BAD_INPUT, _INTERRUPTED = 0, 1, 2, 130
@@ -87,6 +86,36 @@ def parser() -> argparse.ArgumentParser:
         "--do-sample", action="store_true", default=None, help="sample, instead of the likeliest token each time"
     )
     g.add_argument("--text-temperature", type=float, metavar="X", help="of sampling")
+    g.add_argument("--top-k", type=int, metavar="K", help="sample among the K likeliest tokens only; 0: all")
+    g.add_argument("--top-p", type=float, metavar="P", help="sample among the likeliest that make up P of the chances")
+
+    g = p.add_argument_group("serving")
+    usual = ServingSettings()
+    g.add_argument(
+        "--max-num-seqs", type=int, default=usual.max_num_seqs, metavar="N", help="requests at once (%(default)s)"
+    )
+    g.add_argument(
+        "--max-num-batched-tokens",
+        type=int,
+        default=usual.max_num_batched_tokens,
+        metavar="N",
+        help="tokens a step; a block of a picture is never cut (%(default)s)",
+    )
+    g.add_argument(
+        "--page-size",
+        type=int,
+        default=usual.page_size,
+        choices=PAGE_SIZES,
+        help="tokens a page of the KV cache (%(default)s)",
+    )
+    g.add_argument("--num-pages", type=int, metavar="N", help="of the KV cache (default: from the device's memory)")
+    g.add_argument("--no-prefix-cache", action="store_true", help="forget contexts as soon as they are used")
+    g.add_argument(
+        "--attention",
+        default=usual.attention,
+        choices=ATTENTION,
+        help=f"auto: ${ATTENTION_VARIABLE}, or pallas on TPU and GPU, xla on a CPU; pallas on a CPU is interpreted",
+    )
 
     g = p.add_argument_group("run")
     g.add_argument("--seed", type=int, default=0, metavar="S", help="request i uses S + i (default: %(default)s)")
@@ -139,8 +168,16 @@ def _from_here(path: Path) -> str:
 
 def _run(args: argparse.Namespace, notes: Sequence[str]) -> int:
     prompts = _prompts(args)
+    settings = ServingSettings(
+        max_num_seqs=args.max_num_seqs,
+        max_num_batched_tokens=args.max_num_batched_tokens,
+        page_size=args.page_size,
+        num_pages=args.num_pages,
+        prefix_cache=not args.no_prefix_cache,
+        attention=args.attention,
+    )
     requests = _requests(args, prompts)
-    output = _output_folder(args.output)
+    output = output_folder(args.output)
     if all(isinstance(request, InputError) for request in requests):
         return _report_all_bad(requests)
     for note in () if args.quiet else notes:  # before what the model may refuse, which they explain
@@ -148,7 +185,7 @@ def _run(args: argparse.Namespace, notes: Sequence[str]) -> int:
 
     from bagel_jax.engine import Bagel  # late: brings jax, and bad arguments are found without it
 
-    model = Bagel.open(args.model, args.dtype)
+    model = Bagel.open(args.model, args.dtype, settings)
     for i, request in enumerate(requests):
         try:
             if isinstance(request, Request):
@@ -163,67 +200,30 @@ def _run(args: argparse.Namespace, notes: Sequence[str]) -> int:
         if isinstance(request, InputError):
             print(f"error: request {i}: {request}", file=sys.stderr)
             code = _BAD_INPUT
-    bars = None if args.quiet else _Bars()
-    with _open_results(output) as results:
-        model.load_weights(bars)
+    with Results(output, len(requests), quiet=args.quiet) as results:
+        model.load_weights(results.bars)
+        about = [
+            {"id": f"output_{i}", "modality": args.modality, "prompt": prompt, "seed": args.seed + i}
+            for i, prompt in enumerate(prompts)
+        ]
         for i, request in enumerate(requests):
-            name = f"output_{i}"
-            record: dict[str, Any] = {
-                "id": name,
-                "modality": args.modality,
-                "prompt": prompts[i],
-                "seed": args.seed + i,
-            }
             if isinstance(request, InputError):
-                record["error"] = str(request)
-            else:
-                try:
-                    prepared = model.prepare(request)
-                    for note in () if args.quiet else prepared.notes:
-                        print(f"note: request {i}: {note}", file=sys.stderr)
-                    record |= _save(model.run(prepared, bars), request, output, name, latents=args.save_latents)
-                # Whatever happens to one request, the others go on and what is finished is kept.
-                except Exception as error:
-                    if bars is not None:
-                        bars.close()
-                    print(f"error: request {i} failed: {error}", file=sys.stderr)
-                    record["error"], code = f"{type(error).__name__}: {error}", code or _FAILED
-                if bars is not None:
-                    bars.close()  # an answer mostly ends before its limit; the terminal's next line is for it
-                if not args.quiet and record.get("image"):
-                    print(f"wrote {output / record['image']}", file=sys.stderr)
-            results.write(json.dumps(record, ensure_ascii=False) + "\n")
-            results.flush()
-            if record.get("text") is not None:
-                _print_answer(record["text"])
+                results.add(i, about[i] | {"error": str(request)})
+        good = {request.request_id: i for i, request in enumerate(requests) if isinstance(request, Request)}
+        # Prepared again one by one, as there is room for them.
+        ready = (model.prepare(request) for request in requests if isinstance(request, Request))
+        for request, outcome in model.run_many(ready, results.bars):
+            i = good[request.request_id]
+            try:
+                if isinstance(outcome, Exception):
+                    raise outcome
+                record = results.save(i, request, outcome, latents=args.save_latents)
+            # Whatever happens to one request, the others go on and what is finished is kept.
+            except Exception as error:
+                results.say(f"error: request {i} failed: {error}")
+                record, code = {"error": f"{type(error).__name__}: {error}"}, code or _FAILED
+            results.add(i, about[i] | record)
     return code
-
-
-def _print_answer(text: str) -> None:
-    """Prints a text; what the terminal cannot show is escaped, and nobody listening any more is no fault."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    try:
-        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
-    except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (stays open until the process ends)
-
-
-def _save(result: Result, request: Request, output: Path, name: str, *, latents: bool) -> dict[str, Any]:
-    """Writes what came out, and returns the result's line of results.jsonl."""
-    record: dict[str, Any] = {"text": result.text, "image": None, "size": None}
-    if result.image is not None:
-        record["image"] = f"{name}.png"
-        record["size"] = {"height": result.image.height, "width": result.image.width}
-        result.image.save(output / record["image"])
-        if latents:
-            np.save(output / f"{name}.latent.npy", result.latents)
-    return record | {
-        "think": request.think,
-        "negative_prompt": request.negative_prompt,
-        "settings": request.applicable_settings(),
-        "seconds": {phase: round(seconds, 4) for phase, seconds in result.seconds.items()},
-        "notes": list(result.notes),
-    }
 
 
 def _requests(args: argparse.Namespace, prompts: list[str]) -> list[Request | InputError]:
@@ -295,54 +295,10 @@ def _read_noise(path: Path) -> dict[str, np.ndarray]:
     raise InputError(f"--init-noise {path} cannot be read as an npz file ({reason}); numpy.savez writes one")
 
 
-def _output_folder(name: str) -> Path:
-    output = Path(name)
-    nearest = next(p for p in (output, *output.absolute().parents) if p.exists())
-    if not nearest.is_dir():
-        raise InputError(f"--output {output} cannot be a folder, since {nearest} is a file; give another name")
-    return output
-
-
-def _open_results(output: Path) -> TextIO:
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        return (output / "results.jsonl").open("w", encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"--output {output} cannot be written to ({error.strerror}); give another folder") from None
-
-
 def _report_all_bad(items: list) -> int:
     for message in dict.fromkeys(str(item) for item in items):
         print(f"error: {message}", file=sys.stderr)
     return _BAD_INPUT
-
-
-# Title and unit of each phase's bar.
-_PHASES = {"load": ("loading weights", "tensor"), "decode": ("decoding", "token"), "denoise": ("denoising", "step")}
-
-
-class _Bars:
-    """Progress bars on standard error, one a phase; the bar stands before the phase's first step is over."""
-
-    def __init__(self):
-        self._bar, self._phase = None, ""
-
-    def __call__(self, phase: str, done: int, total: int) -> None:
-        """Shows that `done` of `total` are done in `phase`."""
-        if phase != self._phase or self._bar is None:
-            self.close()
-            self._phase = phase
-            title, unit = _PHASES[phase]
-            self._bar = tqdm(total=total, desc=title, unit=unit, file=sys.stderr)
-        self._bar.update(done - self._bar.n)
-        if done == total:
-            self.close()
-
-    def close(self) -> None:
-        """Ends the current bar, if there is one."""
-        if self._bar is not None:
-            self._bar.close()
-        self._bar = None
 
 
 if __name__ == "__main__":
