@@ -41,4 +41,4 @@ def check_flag(name: str, value) -> None:
 def check_choice(name: str, value, choices: Sequence[str]) -> None:
     """Raises `InputError` unless `value` is one of `choices`."""
     if value not in choices:
-        raise InputError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
+        raise InputError(f"{name} is {value!r}; it must be one of {', '.join(map(str, choices))}")
