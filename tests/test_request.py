@@ -37,6 +37,8 @@ GOOD = {
     "max_tokens": (1, 32768),
     "do_sample": (True, False),
     "text_temperature": (0, 1e-6, 1, 100.0),
+    "top_k": (0, 1, 10**6),
+    "top_p": (1e-6, 0.9, 1),
 }
 
 # Value, and what the message must say beside the name and the value.
@@ -52,6 +54,8 @@ BAD = {
     "max_think_tokens": [(0, "from 1 to 32768"), (32769, "from 1 to 32768"), (2.5, "whole number")],
     "max_tokens": [(0, "from 1 to 32768"), (32769, "from 1 to 32768"), (False, "whole number")],
     "text_temperature": [(-1, "at least 0"), (math.inf, "number")],
+    "top_k": [(-1, "from 0 to"), (1.5, "whole number")],
+    "top_p": [(0, "above 0 and at most 1"), (1.1, "above 0 and at most 1"), (math.nan, "number")],
     "do_sample": [(1, "true or false"), ("yes", "true or false"), (None, "true or false")],
 }
 
@@ -140,6 +144,7 @@ def test_regression_14_renorm_types_are_those_of_the_sampler():
 def test_regression_15_defaults_are_the_official_apps():
     """Defaults drift: the same prompt makes another picture here than in the official app."""
     app = {"steps": 50, "timestep_shift": 3.0, "cfg_text_scale": 4.0, "cfg_renorm_min": 0.0, "do_sample": False}
+    app |= {"top_k": 0, "top_p": 1.0}  # off: the app has none
     app |= {"text_temperature": 0.3, "max_think_tokens": 1024, "max_tokens": 512, "height": None, "width": None}
     own = {
         "text2img": {"cfg_img_scale": 1.5, "cfg_interval": (0.4, 1.0), "cfg_renorm_type": "global"},
@@ -313,4 +318,6 @@ def test_applicable_settings():
         "max_tokens",
         "do_sample",
         "text_temperature",
+        "top_k",
+        "top_p",
     }

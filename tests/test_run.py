@@ -13,7 +13,7 @@ from PIL import Image
 
 from bagel_jax import DEFAULTS, MODALITIES, InputError, Request, Settings
 from bagel_jax import engine as engine_module
-from bagel_jax.ar import stage as stage_module
+from bagel_jax.ar import steps
 from bagel_jax.engine import Bagel
 from bagel_jax.request import APPLICABLE
 from bagel_jax.run import main
@@ -49,8 +49,12 @@ def picture(cases_dir):
 @pytest.fixture
 def asked(monkeypatch) -> list[Request]:
     """The requests that a model runs."""
-    requests, run = [], Bagel.run
-    monkeypatch.setattr(Bagel, "run", lambda self, p, bars: (requests.append(p.request), run(self, p, bars))[1])
+    requests, run = [], Bagel.run_many
+
+    def noted(self, prepared, bars):
+        return run(self, (requests.append(one.request) or one for one in prepared), bars)
+
+    monkeypatch.setattr(Bagel, "run_many", noted)
     return requests
 
 
@@ -254,8 +258,8 @@ def test_denoising_bar_stands_before_the_first_step(cli, capsys, monkeypatch):
 @pytest.mark.usefixtures("loaded")
 def test_decoding_bar_stands_before_the_first_token(cli, capsys, monkeypatch):
     """The same for an answer in words."""
-    decode, seen = stage_module.decode, []
-    monkeypatch.setattr(stage_module, "decode", lambda *args: (seen.append(capsys.readouterr().err), decode(*args))[1])
+    decode, seen = steps.decode, []
+    monkeypatch.setattr(steps, "decode", lambda *args: (seen.append(capsys.readouterr().err), decode(*args))[1])
     cli("text2text", "--max-tokens", 12, "--prompts", "why")
     assert "decoding:   0%" in seen[0]
     assert "0/12" in seen[0]

@@ -321,14 +321,14 @@ def test_one_bad_picture_among_three(cli, cases_dir, tmp_path):
 
 def test_request_that_fails_while_it_runs(cli, tiny, monkeypatch):
     """One failure would cost the pictures of all others, or would look like success."""
-    run = Bagel.run
+    denoise = Bagel._denoise
 
     def fails(self, prepared, *args):
         if prepared.request.seed == 1:
             raise FloatingPointError("the latents are not finite")
-        return run(self, prepared, *args)
+        return denoise(self, prepared, *args)
 
-    monkeypatch.setattr(Bagel, "run", fails)
+    monkeypatch.setattr(Bagel, "_denoise", fails)
     monkeypatch.setattr(Bagel, "open", lambda *_: tiny)
     size = "--height", 96, "--width", 160, "--steps", 2
     ran = cli("text2img", *size, "--quiet", "--prompts", "a", "b", "c")
@@ -342,7 +342,7 @@ def test_request_that_fails_while_it_runs(cli, tiny, monkeypatch):
 @pytest.mark.usefixtures("small")
 def test_answer_that_the_terminal_cannot_show(cli, monkeypatch):
     """An answer with a letter that the terminal lacks would be lost, and all later ones with it."""
-    monkeypatch.setattr(Bagel, "run", _answering("ein grüner Käfer"))
+    monkeypatch.setattr(Bagel, "run_many", _answering("ein grüner Käfer"))
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
     ran = cli("text2text", "--quiet", "--prompts", "a", "b")
     lines = (ran.folder / "results.jsonl").read_text(encoding="utf-8").splitlines()
@@ -350,9 +350,10 @@ def test_answer_that_the_terminal_cannot_show(cli, monkeypatch):
 
 
 def _answering(text: str):
-    def run(self, prepared, progress=None):
+    def run_many(self, prepared, progress=None):
         from bagel_jax import Result
 
-        return Result(prepared.request.request_id, prepared.request.modality, text=text)
+        for one in prepared:
+            yield one.request, Result(one.request.request_id, one.request.modality, text=text)
 
-    return run
+    return run_many

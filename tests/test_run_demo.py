@@ -48,7 +48,7 @@ class Cli:
 def opened(demo, monkeypatch) -> list[Path]:
     """The models that the command line opens; in fact it gets the one that is loaded already."""
     paths = []
-    monkeypatch.setattr(Bagel, "open", lambda path, _: (paths.append(Path(path)), copy.copy(demo))[1])
+    monkeypatch.setattr(Bagel, "open", lambda path, *_: (paths.append(Path(path)), copy.copy(demo))[1])
     return paths
 
 

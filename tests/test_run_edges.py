@@ -54,8 +54,8 @@ def test_bad_requests_are_told_before_the_weights_are_loaded(cli, cases_dir, tmp
 def test_quiet_runs_all_steps_in_one_call(cli, monkeypatch):
     """A batch job would wait for the host after every step for a bar that nobody sees."""
     seen = []
-    run = Bagel.run
-    monkeypatch.setattr(Bagel, "run", lambda self, p, bars: seen.append(bars) or run(self, p, bars))
+    run = Bagel.run_many
+    monkeypatch.setattr(Bagel, "run_many", lambda self, p, bars: seen.append(bars) or run(self, p, bars))
     assert cli("text2img", *SMALL, "--quiet", "--prompts", "a").code == 0
     assert seen == [None]
 
