@@ -1,6 +1,6 @@
 """Stage 0 on this machine: tokens a second at several batch sizes, and what the prefix cache saves.
 
-    python benchmarks/decode.py [--width 512] [--layers 8] [--tokens 64] [--prompt 256] [--attention auto]
+    python benchmarks/decode.py [--width 1024] [--layers 4] [--tokens 64] [--prompt 256] [--attention auto]
 
 The weights are random, so that the model can have any size; a batch is as many requests at once, greedy, of equal
 length. Batch sizes take turns, and numbers are medians over the turns.
@@ -138,8 +138,8 @@ def second_question(args, tokenizer: Tokenizer) -> None:
 def main() -> None:
     """Runs both."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--width", type=int, default=512, help="D (default: %(default)s)")
-    p.add_argument("--layers", type=int, default=8, help="L (default: %(default)s)")
+    p.add_argument("--width", type=int, default=1024, help="D (default: %(default)s)")
+    p.add_argument("--layers", type=int, default=4, help="L (default: %(default)s)")
     p.add_argument("--prompt", type=int, default=256, help="tokens, about (default: %(default)s)")
     p.add_argument("--tokens", type=int, default=65, help="to decode (default: %(default)s)")
     p.add_argument("--turns", type=int, default=5, help="(default: %(default)s)")
