@@ -9,8 +9,10 @@ import jax
 import numpy as np
 import pytest
 from commands import small_copy
+from PIL import Image
 
 from bagel_jax.engine import Bagel
+from bagel_jax.request import Request
 
 _EVENT = "/jax/core/compile/backend_compile_duration"
 
@@ -98,15 +100,14 @@ def test_text2img_settings_compile_nothing(tiny):
     assert "denoise" in " ".join(compiled)
 
 
-def test_each_program_compiles_once(tiny_dir):
+def test_each_program_compiles_once(tiny):
     """The second step, and the ninth token, would wait for the same program to be compiled a second time."""
-    jax.clear_caches()
-    model = Bagel.load(tiny_dir, dtype="float32")
     with compilations() as compiled:
-        model.generate("text2img", PROMPT, **THINKING, progress=lambda *_: None)
-    assert [compiled.count(name) for name in ("jit(decode)", "jit(denoise)", "jit(decode_latents)")] == [1, 1, 1]
+        tiny.generate("text2img", PROMPT, **THINKING, progress=lambda *_: None)
+    assert [compiled.count(name) for name in ("jit(denoise)", "jit(decode_latents)")] == [1, 1]
+    assert compiled.count("jit(decode)") <= 1  # none where another test has decoded one row
     with compilations() as compiled:
-        model.generate("text2img", PROMPT, **THINKING)
+        tiny.generate("text2img", PROMPT, **THINKING)
     assert compiled == []
 
 
@@ -123,10 +124,6 @@ def test_img2img_settings_compile_nothing(small, picture):
     with compilations() as compiled:
         small.generate("img2img", AS_LONG, picture, steps=2)
     assert compiled == []
-    jax.clear_caches()
-    with compilations() as compiled:  # or else nothing has been counted above
-        small.generate("img2img", AS_LONG, picture, steps=2)
-    assert "denoise" in " ".join(compiled)
 
 
 @pytest.mark.parametrize("modality", ["text2text", "img2text"])
@@ -138,10 +135,6 @@ def test_answers_compile_nothing(small, picture, modality):
     with compilations() as compiled:
         small.generate(modality, AS_LONG, *image, max_tokens=16)
     assert compiled == []
-    jax.clear_caches()
-    with compilations() as compiled:  # or else nothing has been counted above
-        small.generate(modality, AS_LONG, *image, max_tokens=16)
-    assert "decode" in " ".join(compiled)
 
 
 def test_second_model_compiles_nothing(tiny_dir):
@@ -153,3 +146,31 @@ def test_second_model_compiles_nothing(tiny_dir):
         second = again.generate(*ask, height=96, width=160, steps=3)
     assert compiled == []
     assert np.array_equal(first.latents, second.latents)
+
+
+def test_mixed_load_compiles_nothing(small, picture):
+    """Under a steady load of all kinds, new combinations of rows, texts and pictures are compiled for ever."""
+
+    def load(words: str, number: int):
+        image = Image.open(picture).rotate(number)
+        ask = [("text2text", words, {"max_tokens": 9}), ("img2text", words, {"max_tokens": 12, "image": image})]
+        ask += [
+            ("text2img", words, {"height": 64, "width": 64, "steps": 2}),
+            ("text2text", words * 9, {"max_tokens": 5}),
+        ]
+        made = [Request.create(modality, prompt, **rest) for modality, prompt, rest in ask * 2]
+        return [small.prepare(request) for request in made]
+
+    def answer(words: str, number: int) -> None:
+        results = [result for _, result in small.run_many(load(words, number))]
+        assert len(results) == 8
+        assert not [result for result in results if isinstance(result, Exception)]
+
+    for number, words in enumerate(("a red bench", "two zebras", "a blue clock")):
+        answer(words, number)
+    with compilations() as compiled:
+        answer("three cats", 3)
+    assert compiled == []
+    with compilations() as compiled:  # or else nothing is counted in this file
+        jax.jit(lambda x: 3 * x + 1)(np.ones(7))
+    assert compiled

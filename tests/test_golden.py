@@ -163,7 +163,7 @@ def test_velocities(tiny, cases_dir, name):
     assert relative_error(latents, case.arrays["final_latent"]) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", GENERATION + UNDERSTANDING)
+@pytest.mark.parametrize("name", [*slow_edits("img2img_two_images"), *UNDERSTANDING])
 def test_results(tiny, cases_dir, name):
     """The whole way: texts exact, final latents within tolerance, pictures within 1/255 everywhere."""
     case = Case.read(cases_dir, name)
@@ -210,7 +210,7 @@ def test_bfloat16_logits(tiny_bfloat16, cases_dir, name):
 @pytest.mark.parametrize(
     "settings",
     [
-        {},
+        pytest.param({}, marks=pytest.mark.slow),
         {"page_size": 16, "num_pages": 2400, "max_num_batched_tokens": 48},
         pytest.param({"page_size": 128, "max_num_seqs": 3}, marks=pytest.mark.slow),
         pytest.param({"page_size": 32, "num_pages": 340, "max_num_seqs": 8}, marks=pytest.mark.slow),  # a tight pool
