@@ -11,7 +11,6 @@ that took and how much fast memory a kernel needs:
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import os
 import re
@@ -23,10 +22,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bagel_jax.command import BAD_INPUT, DONE, FAILED, INTERRUPTED, Parser
 from bagel_jax.errors import InputError, check_choice
-
-# Exit codes.
-_DONE, _FAILED, _BAD_INPUT, _INTERRUPTED = 0, 1, 2, 130
 
 _INSTALL = "pip install 'bagel_jax[aot]'"
 _SILENCE = {"TF_CPP_MIN_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3", "TPU_STDERR_LOG_LEVEL": "3"}
@@ -82,9 +79,7 @@ class Case(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    p = argparse.ArgumentParser(
-        prog="python -m bagel_jax.aot", description="Compiles for chips that this machine does not have."
-    )
+    p = Parser(prog="python -m bagel_jax.aot", description="Compiles for chips that this machine does not have.")
     commands = p.add_subparsers(dest="command", required=True)
     kernels = commands.add_parser("kernels", help="all kernels at the sizes of the published model")
     kernels.add_argument("--target", required=True, metavar="{" + ",".join(TARGETS) + "}", help="the chip")
@@ -94,16 +89,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _kernels(args.target)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
-        return _BAD_INPUT
+        return BAD_INPUT
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
-        return _INTERRUPTED
+        return INTERRUPTED
 
 
 def _kernels(name: str) -> int:
     target = TARGETS[name]
     device = _device(name, target)
-    code = _DONE
+    code = DONE
     for case in _cases(target.backend):
         line = f"{case.name:18} {case.sizes:42} {name:4}"
         start = time.perf_counter()
@@ -113,7 +108,7 @@ def _kernels(name: str) -> int:
         except Exception as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             print(f"{line} FAILED: {reason[:500]}", flush=True)
-            code = _FAILED
+            code = FAILED
         else:
             print(f"{line} {time.perf_counter() - start:6.1f} s  {target.memory} {memory / 2**10:,.0f} KiB", flush=True)
     return code

@@ -155,19 +155,19 @@ class Bagel:
         return result
 
     def run_many(
-        self, prepared: Iterable[Prepared], progress: Progress | None = None
+        self, requests: Iterable[Request | Prepared], progress: Progress | None = None
     ) -> Iterator[tuple[Request, Result | Exception]]:
-        """Answers prepared requests, as many at once as the settings say, each as soon as it is done.
+        """Answers requests, as many at once as the settings say, each as soon as it is done.
 
         Args:
-            prepared: from `prepare`; read only as far as there is room, so a generator may prepare them one by one.
+            requests: read, and prepared if they are not, only as far as there is room.
             progress: called as `progress(phase, done, total)`; tokens decoded are counted over all requests in work.
 
         Yields:
             Each request with its result, or with what made it fail: the others go on.
         """
         self.load_weights(progress)
-        stage, requests = self._context_stage(), iter(prepared)
+        stage, requests = self._context_stage(), iter(requests)
         work: dict[str, Prepared] = {}
         counts: dict[str, tuple[int, int]] = {}  # tokens decoded, and the most there may be
         more = True
@@ -178,13 +178,15 @@ class Bagel:
                     if one is None:
                         more = False
                         break
+                    request = one.request if isinstance(one, Prepared) else one
                     try:
-                        stage.submit(one)
-                    except InputError as error:
-                        yield one.request, error
+                        prepared = one if isinstance(one, Prepared) else self.prepare(one)
+                        stage.submit(prepared)
+                    except Exception as error:  # whatever happens to one request, the others go on
+                        yield request, error
                         continue
-                    work[one.request.request_id] = one
-                    counts[one.request.request_id] = 0, _token_limit(one.request)
+                    work[request.request_id] = prepared
+                    counts[request.request_id] = 0, _token_limit(request)
                     _report(progress, counts)
                 if not work:
                     continue
@@ -198,7 +200,7 @@ class Bagel:
                     one = work.pop(key)
                     try:
                         yield one.request, self._answer(one, event, progress)
-                    except Exception as error:  # whatever happens to one request, the others go on
+                    except Exception as error:
                         yield one.request, error
         finally:  # whoever stops listening leaves nothing behind for the next
             for key in work:

@@ -13,19 +13,16 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 from PIL import Image
 
+from bagel_jax.command import BAD_INPUT, DONE, FAILED, INTERRUPTED, Parser
 from bagel_jax.demo.example import EXAMPLES, MODEL
 from bagel_jax.errors import InputError
 from bagel_jax.request import MODALITIES, RENORM_TYPES, Request, Settings, defaults_table, open_picture
 from bagel_jax.results import Results, output_folder
 from bagel_jax.settings import ATTENTION, ATTENTION_VARIABLE, PAGE_SIZES, ServingSettings
-
-# Exit codes.
-_DONE, _FAILED, _BAD_INPUT, _INTERRUPTED = 0, 1, 2, 130
 
 _DEMO_NOTE = (
     "no --model given, so the bundled demo model (coloured shapes, 64x64) is used; for BAGEL-7B-MoT: "
@@ -33,15 +30,9 @@ _DEMO_NOTE = (
 )
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One sentence, without the usage of thirty options before it."""
-        self.exit(_BAD_INPUT, f"error: {message}; see --help\n")
-
-
 def parser() -> argparse.ArgumentParser:
     """The options. Those of a request default to None here: their defaults stand in `request.DEFAULTS`."""
-    p = _Parser(
+    p = Parser(
         prog="python -m bagel_jax.run",
         description="Text and pictures in, text and pictures out, with a BAGEL model.",
         epilog="Defaults by modality:\n\n" + defaults_table(),
@@ -90,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--top-p", type=float, metavar="P", help="sample among the likeliest that make up P of the chances")
 
     g = p.add_argument_group("serving")
-    usual = ServingSettings()
+    usual = ServingSettings  # the class: an instance would read the environment, where anything may be wrong
     g.add_argument(
         "--max-num-seqs", type=int, default=usual.max_num_seqs, metavar="N", help="requests at once (%(default)s)"
     )
@@ -132,10 +123,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(args, _fill_in(args, argv))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
-        return _BAD_INPUT
+        return BAD_INPUT
     except KeyboardInterrupt:
         print("\ninterrupted; what was finished is in the output folder", file=sys.stderr)
-        return _INTERRUPTED
+        return INTERRUPTED
 
 
 def _fill_in(args: argparse.Namespace, argv: list[str]) -> list[str]:
@@ -195,11 +186,11 @@ def _run(args: argparse.Namespace, notes: Sequence[str]) -> int:
     if all(isinstance(request, InputError) for request in requests):
         return _report_all_bad(requests)
 
-    code = _DONE
+    code = DONE
     for i, request in enumerate(requests):
         if isinstance(request, InputError):
             print(f"error: request {i}: {request}", file=sys.stderr)
-            code = _BAD_INPUT
+            code = BAD_INPUT
     with Results(output, len(requests), quiet=args.quiet) as results:
         model.load_weights(results.bars)
         about = [
@@ -210,9 +201,7 @@ def _run(args: argparse.Namespace, notes: Sequence[str]) -> int:
             if isinstance(request, InputError):
                 results.add(i, about[i] | {"error": str(request)})
         good = {request.request_id: i for i, request in enumerate(requests) if isinstance(request, Request)}
-        # Prepared again one by one, as there is room for them.
-        ready = (model.prepare(request) for request in requests if isinstance(request, Request))
-        for request, outcome in model.run_many(ready, results.bars):
+        for request, outcome in model.run_many((r for r in requests if isinstance(r, Request)), results.bars):
             i = good[request.request_id]
             try:
                 if isinstance(outcome, Exception):
@@ -221,7 +210,8 @@ def _run(args: argparse.Namespace, notes: Sequence[str]) -> int:
             # Whatever happens to one request, the others go on and what is finished is kept.
             except Exception as error:
                 results.say(f"error: request {i} failed: {error}")
-                record, code = {"error": f"{type(error).__name__}: {error}"}, code or _FAILED
+                record = {"error": f"{type(error).__name__}: {error}"}
+                code = max(code, BAD_INPUT if isinstance(error, InputError) else FAILED)
             results.add(i, about[i] | record)
     return code
 
@@ -298,7 +288,7 @@ def _read_noise(path: Path) -> dict[str, np.ndarray]:
 def _report_all_bad(items: list) -> int:
     for message in dict.fromkeys(str(item) for item in items):
         print(f"error: {message}", file=sys.stderr)
-    return _BAD_INPUT
+    return BAD_INPUT
 
 
 if __name__ == "__main__":

@@ -24,10 +24,10 @@ class ServingSettings:
         page_size: tokens a page of the KV cache, one of `PAGE_SIZES`.
         num_pages: pages of the KV cache; None: as the device's memory and the largest contexts suggest.
         prefix_cache: keep the pages of finished contexts and find them again by what is in them.
-        attention: one of `ATTENTION`; see `attention_backend`.
+        attention: one of `ATTENTION`; for `auto` the environment variable `BAGEL_JAX_ATTENTION` decides if it is set.
 
     Raises:
-        InputError: a value out of range.
+        InputError: a value out of range, that of the variable included.
     """
 
     max_num_seqs: int = 16
@@ -45,6 +45,9 @@ class ServingSettings:
             check_whole("num_pages", self.num_pages, 2)
         check_flag("prefix_cache", self.prefix_cache)
         check_choice("attention", self.attention, ATTENTION)
+        if self.attention == "auto" and (chosen := os.environ.get(ATTENTION_VARIABLE)):
+            check_choice(ATTENTION_VARIABLE, chosen, ATTENTION)
+            object.__setattr__(self, "attention", chosen)
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise InputError(
                 f"max_num_batched_tokens is {self.max_num_batched_tokens}; it must be at least max_num_seqs, "
@@ -53,17 +56,11 @@ class ServingSettings:
 
 
 def attention_backend(choice: str, platform: str) -> str:
-    """The backend of `pallas/paged_attention` for a platform (`cpu`, `tpu` or `gpu`).
+    """The backend of `pallas/paged_attention` for one of `ATTENTION` on a platform (`cpu`, `tpu` or `gpu`).
 
-    For `auto` the environment variable `BAGEL_JAX_ATTENTION` decides, and without it the platform: kernels on TPU and
-    GPU, XLA on a CPU. `pallas` on a CPU is the TPU kernel, interpreted, which is only good for tests.
-
-    Raises:
-        InputError: the variable holds no choice.
+    `auto` is kernels on TPU and GPU, XLA on a CPU. `pallas` on a CPU is the TPU kernel, interpreted, which is only good
+    for tests.
     """
-    if choice == "auto":
-        choice = os.environ.get(ATTENTION_VARIABLE) or "auto"
-        check_choice(ATTENTION_VARIABLE, choice, ATTENTION)
     if choice == "auto":
         choice = "xla" if platform == "cpu" else "pallas"
     if choice == "pallas":

@@ -1,6 +1,6 @@
 """Stage 0 on this machine: tokens a second at several batch sizes, and what the prefix cache saves.
 
-    python benchmarks/decode.py [--width 1024] [--layers 4] [--tokens 64] [--prompt 256] [--attention auto]
+    python benchmarks/decode.py [--width 1024] [--layers 4] [--tokens 65] [--prompt 256] [--attention auto]
 
 The weights are random, so that the model can have any size; a batch is as many requests at once, greedy, of equal
 length. Batch sizes take turns, and numbers are medians over the turns.
@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from small import CONFIG, TOKENIZER, drawn  # noqa: E402
 
@@ -33,7 +33,7 @@ from bagel_jax.request import Request  # noqa: E402
 from bagel_jax.settings import ATTENTION, ServingSettings  # noqa: E402
 
 BATCHES = 1, 4, 8, 16
-PICTURE = 448  # pixels, so 1,024 patches
+PICTURE = 512  # pixels a side, so 37 x 37 patches
 
 
 def make_stage(args, tokenizer: Tokenizer, **settings) -> ContextStage:
@@ -51,7 +51,7 @@ def make_stage(args, tokenizer: Tokenizer, **settings) -> ContextStage:
     vit = dataclasses.replace(
         CONFIG.vit, hidden_size=256, num_layers=6, num_heads=4, mlp_width=1024, num_positions=4900
     )
-    config = dataclasses.replace(CONFIG, trunk=trunk, vit=vit, max_vit_patches=70)
+    config = dataclasses.replace(CONFIG, trunk=trunk, vit=vit, max_vit_patches=70, max_latent_size=128)
     abstract = abstract_weights(config, dtype)
     params = jax.tree.map(lambda x: jax.device_put(x.astype(dtype)), drawn(abstract.params))
     head = params["trunk"]["lm_head"]["kernel"]

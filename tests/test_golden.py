@@ -83,7 +83,16 @@ def test_cache(tiny, cases_dir, name):
     assert relative_error(cache.v[:, :length], case.arrays["ctx_main_v"]) < TOLERANCE
 
 
-@pytest.mark.parametrize("settings", [{}, {"page_size": 16, "max_num_batched_tokens": 16}], ids=["usual", "in pieces"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"page_size": 16, "max_num_batched_tokens": 16},
+        pytest.param({"attention": "reference"}, marks=pytest.mark.slow),
+        pytest.param({"attention": "pallas"}, marks=pytest.mark.slow),
+    ],
+    ids=["usual", "in pieces", "reference", "interpreted kernel"],
+)
 @pytest.mark.parametrize("name", ["text2text", "img2text", "text2img_think"])
 def test_logits(tiny, cases_dir, name, settings):
     """Logits of every decoding step, and the context after decoding."""

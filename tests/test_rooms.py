@@ -12,9 +12,9 @@ PACKAGE = Path(__file__).parents[1] / "bagel_jax"
 # Which rooms a room may import, from the top floor down; errors is open to all.
 MAY_IMPORT = {
     "__init__": {"engine", "request"},
-    "run": {"engine", "demo", "request", "results", "settings"},
+    "run": {"engine", "demo", "request", "results", "settings", "command"},
     "results": {"request"},
-    "aot": {"pallas"},
+    "aot": {"pallas", "command"},
     "engine": {
         *("demo", "ar", "diffusion", "handoff", "checkpoint", "models", "inputs", "request", "config"),
         *("settings", "clock"),
@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "request": {"config"},
     "settings": set(),
     "clock": set(),
+    "command": set(),
     "pallas": set(),
     "parallel": set(),
     "config": set(),

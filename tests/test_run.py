@@ -51,8 +51,8 @@ def asked(monkeypatch) -> list[Request]:
     """The requests that a model runs."""
     requests, run = [], Bagel.run_many
 
-    def noted(self, prepared, bars):
-        return run(self, (requests.append(one.request) or one for one in prepared), bars)
+    def noted(self, given, bars):
+        return run(self, (requests.append(one) or one for one in given), bars)
 
     monkeypatch.setattr(Bagel, "run_many", noted)
     return requests

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -339,6 +340,48 @@ def test_request_that_fails_while_it_runs(cli, tiny, monkeypatch):
     assert sorted(path.name for path in ran.folder.glob("*.png")) == ["output_0.png", "output_2.png"]
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--page-size", 48), "--page-size"),
+        (("--num-pages", 1), "num_pages is 1; it must be a whole number, at least 2"),
+        (("--max-num-seqs", 0), "max_num_seqs is 0"),
+        (("--max-num-seqs", 64, "--max-num-batched-tokens", 32), "max_num_batched_tokens is 32"),
+        (("--attention", "flash"), "--attention"),
+        (("--top-p", 0), "top_p is 0"),
+        (("--top-k", -1), "top_k is -1"),
+    ],
+)
+@pytest.mark.usefixtures("no_weights")
+def test_bad_options_of_serving(cli, options, message):
+    """A typing error would be found by an exception in the middle of a run."""
+    assert_refused(cli("text2text", "--prompts", "a", *options), message)
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_bad_attention_in_the_environment(cli, monkeypatch):
+    """The command line would end in a traceback, even for --help."""
+    monkeypatch.setenv("BAGEL_JAX_ATTENTION", "flash")
+    assert_refused(cli("text2text", "--prompts", "a"), "BAGEL_JAX_ATTENTION is 'flash'", "reference, xla, pallas")
+    assert cli("text2text", "--help").code == 0
+
+
+def test_a_pool_larger_than_memory(cli):
+    """The process would be killed, without a word."""
+    ran = cli("text2text", "--quiet", "--prompts", "a", "--num-pages", 10**9)
+    assert ran.code == 2
+    assert re.fullmatch(r"error: num_pages is 1000000000, of \d+ bytes each; the device has room for \d+ .*\n", ran.err)
+
+
+def test_request_that_the_pool_has_no_room_for(cli):
+    """A request that can never fit would stop those that do, or count as a failure of ours."""
+    long = "word " * 300
+    ran = cli("text2text", "--quiet", "--num-pages", 4, "--max-tokens", 9, "--prompts", "a", long, "b")
+    assert ran.code == 2
+    assert re.fullmatch(r"error: request 1 failed: the request may need \d+ pages of 64 tokens and .*\n", ran.err)
+    assert ["error" in record for record in ran.records] == [False, True, False]
+
+
 @pytest.mark.usefixtures("small")
 def test_answer_that_the_terminal_cannot_show(cli, monkeypatch):
     """An answer with a letter that the terminal lacks would be lost, and all later ones with it."""
@@ -350,10 +393,10 @@ def test_answer_that_the_terminal_cannot_show(cli, monkeypatch):
 
 
 def _answering(text: str):
-    def run_many(self, prepared, progress=None):
+    def run_many(self, requests, progress=None):
         from bagel_jax import Result
 
-        for one in prepared:
-            yield one.request, Result(one.request.request_id, one.request.modality, text=text)
+        for request in requests:
+            yield request, Result(request.request_id, request.modality, text=text)
 
     return run_many

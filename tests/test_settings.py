@@ -33,9 +33,11 @@ def test_choice_of_attention(monkeypatch):
     assert [attention_backend("auto", p) for p in ("cpu", "gpu", "tpu")] == ["xla", "gpu", "tpu"]
     assert [attention_backend("pallas", p) for p in ("cpu", "gpu", "tpu")] == ["tpu-interpret", "gpu", "tpu"]
     assert attention_backend("reference", "tpu") == "reference"
+    assert ServingSettings().attention == "auto"
     monkeypatch.setenv(ATTENTION_VARIABLE, "reference")
-    assert attention_backend("auto", "tpu") == "reference"
-    assert attention_backend("xla", "tpu") == "xla"
+    assert ServingSettings().attention == "reference"
+    assert ServingSettings(attention="xla").attention == "xla"
     monkeypatch.setenv(ATTENTION_VARIABLE, "cudnn")
     with pytest.raises(InputError, match=r"BAGEL_JAX_ATTENTION is 'cudnn'.*auto, reference, xla, pallas"):
-        attention_backend("auto", "gpu")
+        ServingSettings()
+    assert ServingSettings(attention="xla").attention == "xla"

@@ -123,9 +123,14 @@ class Job:
         return self.decoding is not None and not self.sequences[0].missing
 
     @property
+    def prefilled(self) -> bool:
+        """Whether all contexts are there."""
+        return not any(s.missing for s in self.sequences)
+
+    @property
     def finished(self) -> bool:
         """Whether all contexts are there and nothing is to be decoded."""
-        return self.decoding is None and not any(s.missing for s in self.sequences)
+        return self.decoding is None and self.prefilled
 
     def end_phase(self, name: str) -> None:
         """Notes that a phase has ended now and the next one begins."""

@@ -72,14 +72,15 @@ def page_bytes(config: BagelConfig, page_size: int, dtype) -> int:
     return c.num_layers * c.num_kv_heads * 2 * page_size * c.head_dim * jnp.dtype(dtype).itemsize
 
 
-def automatic_num_pages(config: BagelConfig, settings: ServingSettings, dtype, device: jax.Device) -> int:
-    """Pages for as many of the largest contexts as may be in work at once, or what memory allows.
+def choose_num_pages(config: BagelConfig, settings: ServingSettings, dtype, device: jax.Device) -> int:
+    """The number of pages that the settings give, or else one that suits the device, page 0 included.
 
-    The largest context that counts here is one edit of the largest picture. On a TPU or GPU, pages may take 60 % of
-    what the weights have left; on a CPU a quarter of the machine's memory.
+    That is enough for as many of the largest contexts as may be in work at once, or what memory allows. The largest
+    context that counts here is one edit of the largest picture. On a TPU or GPU, pages may take 60 % of what the
+    weights have left, so that there is room for stage 1; on a CPU a quarter of the machine's memory.
 
     Raises:
-        InputError: there is not even memory for one page.
+        InputError: there is no memory for so many pages, or not even for one.
     """
     picture = (config.max_latent_size**2 + 2) + (config.max_vit_patches**2 + 2)
     wanted = settings.max_num_seqs * -(-(picture + _TEXT_TOKENS) // settings.page_size) + 1
@@ -88,10 +89,18 @@ def automatic_num_pages(config: BagelConfig, settings: ServingSettings, dtype, d
         budget = int(0.6 * (stats["bytes_limit"] - stats["bytes_in_use"]))
     else:
         budget = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
-    affordable = budget // page_bytes(config, settings.page_size, dtype)
+    a_page = page_bytes(config, settings.page_size, dtype)
+    affordable = budget // a_page
     if affordable < 2:
         raise InputError(
             f"the device has {budget} bytes left for the KV cache, and a page of {settings.page_size} tokens takes "
-            f"{page_bytes(config, settings.page_size, dtype)}; give a smaller page_size or a larger device"
+            f"{a_page}; give a smaller page_size or a larger device"
         )
-    return min(wanted, affordable)
+    if settings.num_pages is None:
+        return min(wanted, affordable)
+    if settings.num_pages > affordable:
+        raise InputError(
+            f"num_pages is {settings.num_pages}, of {a_page} bytes each; the device has room for {affordable} beside "
+            f"all else"
+        )
+    return settings.num_pages

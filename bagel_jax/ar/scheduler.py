@@ -49,6 +49,10 @@ class StepPlan:
     copies: list[tuple[int, int]]  # pages to copy first: source, target
     tokens: int = 1  # that each row may decode; more than one only where nothing is prefilled
 
+    def count(self, piece: Piece) -> int:
+        """Tokens of a piece's sequence that the step computes, those of a picture included."""
+        return _planned(piece, self.image)
+
 
 class Scheduler:
     """First come, first served; who came last gives way when pages run out, and is computed again later."""

@@ -12,7 +12,7 @@ import numpy as np
 from bagel_jax.ar import steps
 from bagel_jax.ar.batch import bucket, chunk_of, copies_of, power_of_two, rows_of
 from bagel_jax.ar.jobs import Decoding, Job, Statistics
-from bagel_jax.ar.pool import PagePool, automatic_num_pages
+from bagel_jax.ar.pool import PagePool, choose_num_pages
 from bagel_jax.ar.scheduler import Image, Scheduler, StepPlan
 from bagel_jax.errors import InputError
 from bagel_jax.handoff import ContextKV, hand_over
@@ -21,13 +21,13 @@ from bagel_jax.inputs.prepare import Prepared, latent_positions, vit_positions
 from bagel_jax.inputs.tokenizer import Tokenizer
 from bagel_jax.models.attention import KV
 from bagel_jax.models.weights import Weights
+from bagel_jax.pallas.paged_attention.api import BACKENDS
 from bagel_jax.pallas.paged_attention.pages import empty_pages
 from bagel_jax.settings import ServingSettings, attention_backend
 
 # Tokens of one context at most; the width of page tables, which every step carries, follows from it.
 MAX_CONTEXT = 32768
-# Tokens decoded in one call, where nothing else is to be done.
-_TOKENS_A_CALL = 8
+_TOKENS_A_CALL = steps.MAX_CALL
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class ContextStage:
         settings: see `ServingSettings`.
 
     Raises:
-        InputError: the device has no memory for the KV cache.
+        InputError: the device has no memory for the KV cache, or `pallas` was asked for and takes no such model.
     """
 
     def __init__(self, weights: Weights, config, dtype, tokenizer: Tokenizer, settings: ServingSettings | None = None):
@@ -78,11 +78,18 @@ class ContextStage:
         self.settings = settings = settings or ServingSettings()
         device = next(iter(jax.tree.leaves(weights.params)[0].devices()))
         self.program = steps.Program(weights.graph, attention_backend(settings.attention, device.platform))
-        count = settings.num_pages or automatic_num_pages(config, settings, dtype, device)
+        count = choose_num_pages(config, settings, dtype, device)
         self.table_width = min(count - 1, -(-MAX_CONTEXT // settings.page_size))
         self.scheduler = Scheduler(PagePool(count), settings, (tokenizer.vision_start, tokenizer.vision_end))
         c = config.trunk
         shape = c.num_layers, count, c.num_kv_heads, settings.page_size, c.head_dim
+        if settings.attention == "pallas":
+            q = jax.ShapeDtypeStruct((1, c.num_heads, c.head_dim), dtype)
+            if not BACKENDS[self.program.backend].supports(q, jax.eval_shape(lambda: empty_pages(*shape, dtype))):
+                raise InputError(
+                    f"attention is 'pallas', whose {device.platform} kernel takes no heads of width {c.head_dim} in "
+                    f"{np.dtype(dtype)} over pages of {settings.page_size}; give auto, which leaves them to XLA"
+                )
         self.pages = weights.place(empty_pages(*shape, dtype))
         self.end_token = tokenizer.im_end
         self._copy([(0, 0)])  # compiled now: the first request may not need it, and the next one should compile nothing
@@ -91,11 +98,6 @@ class ContextStage:
     def busy(self) -> bool:
         """Whether a step would do anything."""
         return bool(self.scheduler.running or self.scheduler.waiting)
-
-    @property
-    def num_requests(self) -> int:
-        """Requests that have not left yet."""
-        return len(self.scheduler.running) + len(self.scheduler.waiting)
 
     def submit(self, prepared: Prepared) -> None:
         """Takes a request in; `step` works on it.
@@ -126,16 +128,15 @@ class ContextStage:
         self._copy(plan.copies)
         chosen = self._dispatch(plan)
         for piece in plan.pieces:
-            inside = plan.image.segment.num_tokens - 2 if plan.image and plan.image.sequence is piece.sequence else 0
-            count = len(piece.tokens) + inside
+            count = plan.count(piece)
             piece.job.stats.prefilled_tokens += count
             self.scheduler.computed(piece.sequence, piece.sequence.computed + count)
-        if any(not any(s.missing for s in job.sequences) for job in {piece.job for piece in plan.pieces}):
+        prefilled = [job for job in dict.fromkeys(piece.job for piece in plan.pieces) if job.prefilled]
+        if prefilled:
             jax.block_until_ready(self.pages)  # a context is there when it is computed, not when it is asked for
+        for job in prefilled:
+            job.end_phase("prefill")
         events: list[Event] = []
-        for job in dict.fromkeys(piece.job for piece in plan.pieces):
-            if not any(s.missing for s in job.sequences):
-                job.end_phase("prefill")
         if chosen is not None:
             for job, tokens in zip(plan.rows, np.asarray(chosen)[: len(plan.rows), : plan.tokens], strict=True):
                 events += self._decoded(job, tokens.tolist())
@@ -150,10 +151,9 @@ class ContextStage:
         if request.makes_picture and not request.think:
             return None
         s = request.settings
-        key = jax.random.key_data(jax.random.key(request.seed, impl="threefry2x32"))
         return Decoding(
             limit=s.max_think_tokens if request.makes_picture else s.max_tokens,
-            key=tuple(np.asarray(key).tolist()),
+            key=(0, request.seed),  # as `jax.random.key` makes it of 32 bits, without asking the device
             do_sample=s.do_sample,
             temperature=s.text_temperature,
             top_k=s.top_k,

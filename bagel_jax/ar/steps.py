@@ -22,8 +22,8 @@ from bagel_jax.models.mot import Block
 from bagel_jax.pallas.paged_attention import pages as layout
 from bagel_jax.pallas.paged_attention.api import paged_attention, paged_decode
 
-# Decoding steps of one call at most.
-MAX_CALL = 16
+# Decoding steps of one call at most, where nothing else is to be done.
+MAX_CALL = 8
 
 
 class Rows(NamedTuple):

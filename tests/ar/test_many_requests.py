@@ -68,7 +68,6 @@ def same(ours: Finished, theirs: Finished) -> None:
 
 def nothing_lost(stage: ContextStage) -> None:
     assert not stage.busy
-    assert stage.num_requests == 0
     stage.scheduler.cache.clear()
     assert stage.scheduler.pool.num_free == stage.scheduler.pool.num_pages
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small import CONFIG
 
-from bagel_jax.ar.pool import PagePool, automatic_num_pages, page_bytes
+from bagel_jax.ar.pool import PagePool, choose_num_pages, page_bytes
 from bagel_jax.errors import InputError
 from bagel_jax.settings import ServingSettings
 
@@ -69,9 +69,13 @@ def test_automatic_number_of_pages():
     a_page = page_bytes(CONFIG, 64, jnp.float32)
     assert a_page == 2 * 2 * 2 * 64 * 8 * 4  # L, K, keys and values, page, E, bytes
     settings = ServingSettings(max_num_seqs=4)
-    assert automatic_num_pages(CONFIG, settings, jnp.float32, Device(100 * a_page)) == 60
+    assert choose_num_pages(CONFIG, settings, jnp.float32, Device(100 * a_page)) == 60
     # An edit of the largest picture, 66 + 18 tokens, and 2048 of text: 34 pages.
-    assert automatic_num_pages(CONFIG, settings, jnp.float32, Device(10**12)) == 4 * 34 + 1
-    assert automatic_num_pages(CONFIG, settings, jnp.float32, jax.devices()[0]) == 4 * 34 + 1
+    assert choose_num_pages(CONFIG, settings, jnp.float32, Device(10**12)) == 4 * 34 + 1
+    assert choose_num_pages(CONFIG, settings, jnp.float32, jax.devices()[0]) == 4 * 34 + 1
+    given = ServingSettings(num_pages=60)
+    assert choose_num_pages(CONFIG, given, jnp.float32, Device(100 * a_page)) == 60
+    with pytest.raises(InputError, match=rf"num_pages is 60, of {a_page} bytes each; the device has room for 54"):
+        choose_num_pages(CONFIG, given, jnp.float32, Device(90 * a_page))
     with pytest.raises(InputError, match=rf"{int(1.2 * a_page)} bytes left.*64 tokens takes {a_page}"):
-        automatic_num_pages(CONFIG, settings, jnp.float32, Device(2 * a_page))
+        choose_num_pages(CONFIG, settings, jnp.float32, Device(2 * a_page))

@@ -13,6 +13,7 @@ from small import CONFIG, model, new_stage, picture
 from bagel_jax.ar import stage as stage_module
 from bagel_jax.ar import steps
 from bagel_jax.ar.batch import chunk_of
+from bagel_jax.errors import InputError
 from bagel_jax.inputs.plan import Text, VaeImage, VitImage
 from bagel_jax.request import Request
 
@@ -250,3 +251,11 @@ def test_dense_contexts_hold_what_pages_do(stage, edit):
         cache = finished.context.caches[0]
         assert length <= cache.k.shape[1] <= max(64, length * 9 / 8 + 64)
         close(jax.tree.map(lambda x, n=length: x[:, :n], cache), context_of(new_stage(), edit, [Text(ids[:length])]))
+
+
+def test_pallas_that_takes_no_such_model():
+    """Who asks for kernels is served by XLA, and never told."""
+    with pytest.raises(
+        InputError, match=r"attention is 'pallas', whose cpu kernel takes no heads of width 8 in float32"
+    ):
+        new_stage(attention="pallas")
