@@ -40,6 +40,7 @@ _ENVIRONMENT = {
 _LAYERS, _HEADS, _KV_HEADS, _WIDTH = 28, 28, 4, 128
 _PAGES, _PAGE = 2048, 64
 _VAE_BLOCK, _VIT_BLOCK = 4098, 4902  # tokens of a 1024 x 1024 picture, and the most that the ViT gives
+_CONTEXTS = (4098, 9216, 30)  # of the three rows of an edit
 
 
 class Target(NamedTuple):
@@ -163,7 +164,7 @@ def _cases(backend: str) -> list[Case]:
     import jax
     import jax.numpy as jnp
 
-    from bagel_jax.pallas.paged_attention.api import paged_attention, paged_decode, prefix_attention
+    from bagel_jax.pallas.paged_attention.api import paged_attention, paged_decode
 
     def of(*shape, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(shape, dtype)
@@ -183,9 +184,16 @@ def _cases(backend: str) -> list[Case]:
         cases.append(
             Case("paged_attention", f"{what} block of {length} over text of 1024", 1, paged_attention, arguments)
         )
-    fresh = (of(3, _VAE_BLOCK, heads, _WIDTH) for heads in (_HEADS, _KV_HEADS, _KV_HEADS))
-    arguments = *fresh, *pages, table(3, 9216), numbers(3)
-    cases.append(Case("prefix_attention", f"3 rows of {_VAE_BLOCK} over 9216", 2, prefix_attention, arguments))
+    rows, queries = len(_CONTEXTS), len(_CONTEXTS) * _VAE_BLOCK
+    arguments = (
+        of(queries, _HEADS, _WIDTH),
+        *pages,
+        table(rows, max(_CONTEXTS) + _VAE_BLOCK),
+        numbers(rows + 1),
+        numbers(queries),
+    )
+    contexts = ", ".join(map(str, _CONTEXTS))
+    cases.append(Case("denoise", f"{rows} blocks of {_VAE_BLOCK} over {contexts}", 1, paged_attention, arguments))
     return [case._replace(function=partial(case.function, backend=backend)) for case in cases]
 
 

@@ -1,19 +1,10 @@
-"""Attention over a read-only prefix and the keys of the call itself, under prefix-bidirectional masks.
+"""Attention among the tokens of a call, with nothing in pages: that of the ViT, the autoencoder and training.
 
-The mask is one integer a query: a query sees the whole prefix and the call's own keys `[0, kv_end)`. Drawn for a
-prefix of 3 keys, two text tokens and an image block of three (1 = seen):
-
-    prefix | text | image
-    1 1 1  | 1 0  | 0 0 0     kv_end = 1
-    1 1 1  | 1 1  | 0 0 0     kv_end = 2
-    1 1 1  | 1 1  | 1 1 1     kv_end = 5
-    1 1 1  | 1 1  | 1 1 1     kv_end = 5
-    1 1 1  | 1 1  | 1 1 1     kv_end = 5
+Over a KV cache it is `pallas/paged_attention` that attends.
 """
 
 from __future__ import annotations
 
-import functools
 from functools import partial
 from typing import NamedTuple
 
@@ -31,28 +22,18 @@ class KV(NamedTuple):
     v: jax.Array
 
 
-def attend(q: jax.Array, fresh: KV, kv_end: jax.Array, prefix: KV | None = None, prefix_len=0) -> jax.Array:
+def attend(q: jax.Array, kv: KV, kv_end: jax.Array) -> jax.Array:
     """Softmax attention, scores and accumulation in float32.
 
     Args:
         q: queries `[T, H, E]`, H a multiple of K.
-        fresh: keys and values of the call itself, `[T', K, E]`.
-        kv_end: `[T]` int32, how many of `fresh` each query sees.
-        prefix: keys and values that every query sees, `[S, K, E]`, or None.
-        prefix_len: how many of the S are real, a traced scalar.
+        kv: keys and values `[S, K, E]`.
+        kv_end: `[T]` int32, how many of the keys each query sees.
 
     Returns:
         `[T, H, E]` in q's dtype. A query that sees no key at all (padding) gets finite rubbish.
     """
-    num_keys = fresh.k.shape[0] + (0 if prefix is None else prefix.k.shape[0])
-
-    def some(q, kv_end):
-        parts = [(fresh, jnp.arange(fresh.k.shape[0]) < kv_end[:, None])]
-        if prefix is not None:
-            parts.append((prefix, jnp.arange(prefix.k.shape[0]) < prefix_len))
-        return _attend(q, parts)
-
-    return _sliced(some, q, kv_end, num_keys)
+    return _sliced(lambda q, end: _attend(q, kv, jnp.arange(kv.k.shape[0]) < end[:, None]), q, kv_end, kv.k.shape[0])
 
 
 class Sight(NamedTuple):
@@ -85,7 +66,7 @@ def attend_packed(q: jax.Array, kv: KV, sight: Sight) -> jax.Array:
     Returns:
         `[T, H, E]` in q's dtype.
     """
-    return _sliced(lambda q, some: _attend(q, [(kv, some.of(sight))]), q, sight, kv.k.shape[0])
+    return _sliced(lambda q, some: _attend(q, kv, some.of(sight)), q, sight, kv.k.shape[0])
 
 
 def _sliced(function, q, per_query, num_keys):
@@ -116,26 +97,17 @@ def _max_scores() -> int:
     return 2**21 if jax.default_backend() == "cpu" else 2**26
 
 
-def _attend(q, parts):
-    """Attention with all scores at once, over `parts` of keys and values and which of them each query sees.
-
-    The parts are summed up apart and share one maximum.
-    """
+def _attend(q, kv, seen):
+    """Attention with all scores at once; `seen` `[T, S]` says which keys each query sees."""
     num_queries, heads, width = q.shape
-    kv_heads = parts[0][0].k.shape[1]
+    kv_heads = kv.k.shape[1]
     grouped = q.reshape(num_queries, kv_heads, heads // kv_heads, width)
     einsum = partial(jnp.einsum, precision=precision(q.dtype), preferred_element_type=jnp.float32)
 
-    scores = []
-    for kv, seen in parts:
-        s = einsum("tkge,ske->kgts", grouped, kv.k) * width**-0.5
-        scores.append(jnp.where(seen, s, jnp.finfo(jnp.float32).min))
+    scores = einsum("tkge,ske->kgts", grouped, kv.k) * width**-0.5
+    scores = jnp.where(seen, scores, jnp.finfo(jnp.float32).min)
     # The result does not depend on the maximum, so neither does its gradient.
-    highest = jax.lax.stop_gradient(functools.reduce(jnp.maximum, [s.max(axis=-1, keepdims=True) for s in scores]))
-    total = out = 0.0
-    for (kv, _), s in zip(parts, scores, strict=True):
-        weights = jnp.exp(s - highest)
-        total += weights.sum(axis=-1)
-        out += einsum("kgts,ske->kgte", weights.astype(kv.v.dtype), kv.v)
-    out = (out / total[..., None]).transpose(2, 0, 1, 3)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True)))
+    out = einsum("kgts,ske->kgte", weights.astype(kv.v.dtype), kv.v)
+    out = (out / weights.sum(axis=-1)[..., None]).transpose(2, 0, 1, 3)
     return out.reshape(num_queries, heads, width).astype(q.dtype)

@@ -6,6 +6,7 @@ Source: official `modeling/bagel/bagel.py` and `modeling/bagel/modeling_utils.py
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,8 @@ from flax import nnx
 
 from bagel_jax.config import BagelConfig
 from bagel_jax.models.autoencoder import AutoEncoder
-from bagel_jax.models.layers import ACTIVATIONS, linear
-from bagel_jax.models.mot import Block, MoT, Prefix
+from bagel_jax.models.layers import ACTIVATIONS, linear, stack
+from bagel_jax.models.mot import Block, MoT
 from bagel_jax.models.siglip import SigLIP
 
 
@@ -52,10 +53,10 @@ class TimestepEmbedder(nnx.Module):
 class BagelModel(nnx.Module):
     """All networks of BAGEL; parameters are stored and used in `dtype`."""
 
-    def __init__(self, c: BagelConfig, dtype, rngs: nnx.Rngs):
+    def __init__(self, c: BagelConfig, dtype, rngs: nnx.Rngs, trunk_layers=stack):
         self.config, self.dtype = c, dtype
         width = c.trunk.hidden_size
-        self.trunk = MoT(c.trunk, dtype, rngs)
+        self.trunk = MoT(c.trunk, dtype, rngs, trunk_layers)
         self.vit = SigLIP(c.vit, dtype, rngs)
         self.connector = Connector(c.vit.hidden_size, width, c.connector_activation, dtype, rngs)
         self.vit_positions = nnx.Embed(c.max_vit_patches**2, width, dtype=dtype, param_dtype=dtype, rngs=rngs)
@@ -76,39 +77,40 @@ class BagelModel(nnx.Module):
         """
         return self.latent_in(latents) + self.time_embed(timestep) + self.latent_positions(position_ids)
 
-    def latent_block(
-        self, latents: jax.Array, timestep: jax.Array, position_ids: jax.Array, markers: jax.Array
-    ) -> Block:
-        """`embed_latents`, `timestep` `[B]`, between the embeddings of the two `markers` `[2]` (token ids)."""
-        und = jnp.broadcast_to(self.trunk.embed(markers), (latents.shape[0], 2, self.config.trunk.hidden_size))
-        return Block(und, self.embed_latents(latents, timestep[:, None], position_ids))
-
-    def velocity(
+    def noised_hidden(
         self,
         latents: jax.Array,
         timestep: jax.Array,
         position_ids: jax.Array,
         markers: jax.Array,
         rope: jax.Array,
-        prefix: Prefix,
-    ) -> jax.Array:
-        """The velocity, from data to noise, that the model predicts for noisy latents.
+        attention,
+        cache: Any = None,
+    ) -> tuple[jax.Array, Any]:
+        """The trunk over blocks of noisy latents, each with its two markers.
 
         Args:
             latents: `[B, N, C p²]`.
             timestep: `[B]` in [0, 1], 1 being noise.
-            position_ids: `[N]` rows of the latent position table.
+            position_ids: `[B, N]` rows of the latent position table.
             markers: `[2]` token ids of `<|vision_start|>` and `<|vision_end|>`.
             rope: `[B]` int32, the RoPE position that each row's block has.
-            prefix: the context of each row.
+            attention, cache: see `MoT.__call__`; tokens are `[B, 2 + N]`, markers first.
 
         Returns:
-            `[B, N, C p²]` float32.
+            The latents' hidden states behind the last layer, `[B, N, D]`, of which `velocity` makes velocities, and the
+            cache.
         """
-        block = self.latent_block(latents, timestep, position_ids, markers)
-        size = latents.shape[1] + 2
-        out, _ = self.trunk(block, rope[:, None], jnp.full((size,), size, jnp.int32), prefix)
-        return self.latent_out(out.gen).astype(jnp.float32)
+        batch, count = latents.shape[:2]
+        und = jnp.broadcast_to(self.trunk.embed(markers), (batch, 2, self.config.trunk.hidden_size))
+        block = Block(und, self.embed_latents(latents, timestep[:, None], position_ids))
+        positions = jnp.broadcast_to(rope[:, None], (batch, count + 2))
+        out, cache = self.trunk(block, positions, attention, cache)
+        return out.gen, cache
+
+    def velocity(self, hidden: jax.Array) -> jax.Array:
+        """Hidden states of latents `[..., D]` -> their velocity, from data to noise, `[..., C p²]` float32."""
+        return self.latent_out(self.trunk.norm_gen(hidden)).astype(jnp.float32)
 
     def patchify_latents(self, latents: jax.Array) -> jax.Array:
         """Latents `[h, w, C]` -> tokens `[N, p p C]`, each token flattened (row, column, channel).

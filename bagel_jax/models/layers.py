@@ -56,11 +56,20 @@ def stack(make, num_layers: int, rngs: nnx.Rngs):
     return stacked(rngs)
 
 
+def unrolled(make, num_layers: int, rngs: nnx.Rngs):
+    """`num_layers` modules made by `make(rngs)`, each with parameters of its own: compiles longer than `stack`.
+
+    Where programs read their parameters through libraries, as on a GPU, a layer's slice of stacked ones is first copied
+    out: every weight is then read twice and written once a step.
+    """
+    return nnx.List([make(rngs) for _ in range(num_layers)])
+
+
 def scan_layers(layers, step, carry, per_layer=None, *, remat: bool = False):
-    """Runs `carry, out = step(layer, carry, x)` over stacked `layers` with `lax.scan`.
+    """Runs `carry, out = step(layer, carry, x)` over `layers`: `lax.scan` over stacked ones, else one by one.
 
     Args:
-        layers: what `stack` made.
+        layers: what `stack` or `unrolled` made.
         step: called with one layer's module, the carry, and that layer's slice of `per_layer`.
         carry: anything; passed from layer to layer.
         per_layer: a pytree whose leaves have a leading axis L.
@@ -69,10 +78,18 @@ def scan_layers(layers, step, carry, per_layer=None, *, remat: bool = False):
     Returns:
         The last carry, and the outputs stacked on a leading axis L.
     """
-    graph, params = nnx.split(layers)
+    one_by_one = isinstance(layers, nnx.List)
+    graph, params = nnx.split(layers[0] if one_by_one else layers)
 
     def body(carry, xs):
         layer_params, x = xs
         return step(nnx.merge(graph, layer_params), carry, x)
 
-    return jax.lax.scan(jax.checkpoint(body) if remat else body, carry, (params, per_layer))
+    body = jax.checkpoint(body) if remat else body
+    if not one_by_one:
+        return jax.lax.scan(body, carry, (params, per_layer))
+    outs, body = [], jax.jit(body)  # traced once
+    for i, layer in enumerate(layers):
+        carry, out = body(carry, (nnx.state(layer), jax.tree.map(lambda x, i=i: x[i], per_layer)))
+        outs.append(out)
+    return carry, jax.tree.map(lambda *xs: jnp.stack(xs), *outs)

@@ -18,27 +18,19 @@ import numpy as np
 from flax import nnx
 
 from bagel_jax.config import TrunkConfig
-from bagel_jax.models.attention import KV, Sight, attend, attend_packed
+from bagel_jax.models.attention import KV, Sight, attend_packed
 from bagel_jax.models.layers import ACTIVATIONS, linear, precision, rms_norm, scan_layers, stack
 
 
 class Block(NamedTuple):
-    """Hidden states of one block of B rows, kept apart by expert.
+    """Hidden states of tokens, kept apart by expert: `und` `[..., T, D]`, and `gen` `[..., N, D]` if there are latents.
 
-    Without latents, `und` is `[B, T, D]`. With latents, `und` is `[B, 2, D]`, the block's start and end marker, and
-    `gen` `[B, N, D]` stands between them: T = N + 2.
+    Attention does not mind in which order its keys stand, so the tokens of `und` come first whatever their places in
+    their sequences are; masks and RoPE positions know those.
     """
 
     und: jax.Array
     gen: jax.Array | None = None
-
-
-class Prefix(NamedTuple):
-    """What the rows of a block have behind them: read-only caches and how much of them each row sees."""
-
-    caches: tuple[KV, ...]  # each [L, S, K, E]; rows may share one
-    rows: tuple[int, ...]  # static: which cache each of the B rows sees
-    length: jax.Array  # [B] int32
 
 
 def rotary(positions: jax.Array, width: int, theta: float) -> tuple[jax.Array, jax.Array]:
@@ -96,27 +88,8 @@ class Layer(nnx.Module):
         self.und = Expert(c, dtype, rngs)
         self.gen = Expert(c, dtype, rngs)
 
-    def __call__(self, x: Block, cos, sin, kv_end, prefix: Prefix) -> tuple[Block, KV]:
-        """One layer over a block; `prefix.caches` are this layer's, `[S, K, E]`. Also returns the block's own KV."""
-        q, k, v = self.und.qkv(x.und, cos, sin)
-        if x.gen is not None:
-            q, k, v = (
-                _between(markers, latents)
-                for markers, latents in zip((q, k, v), self.gen.qkv(x.gen, cos, sin), strict=True)
-            )
-        rows = []
-        for row, cache in enumerate(prefix.rows or (None,) * q.shape[0]):
-            past = None if cache is None else prefix.caches[cache]
-            length = None if cache is None else prefix.length[row]
-            rows.append(attend(q[row], KV(k[row], v[row]), kv_end, past, length))
-        out = jnp.stack(rows)
-        if x.gen is None:
-            return Block(self.und.finish(x.und, out)), KV(k, v)
-        markers = jnp.concatenate([out[:, :1], out[:, -1:]], axis=1)
-        return Block(self.und.finish(x.und, markers), self.gen.finish(x.gen, out[:, 1:-1])), KV(k, v)
-
-    def packed(self, x: Block, cos, sin, attention) -> tuple[Block, Any]:
-        """One layer over tokens packed in any order, those of `und` before those of `gen`; rows B may be missing.
+    def __call__(self, x: Block, cos, sin, attention) -> tuple[Block, Any]:
+        """One layer over tokens, those of `und` before those of `gen`; rows B may be missing.
 
         `attention(q, kv)` of all of them together knows who sees whom; what it returns beside its output is returned.
         """
@@ -130,50 +103,48 @@ class Layer(nnx.Module):
         return Block(und, None if x.gen is None else self.gen.finish(x.gen, out[..., size:, :, :])), extra
 
 
-def _between(markers, latents):
-    """`[B, 2, ...]` and `[B, N, ...]` -> `[B, N + 2, ...]`: start marker, latents, end marker."""
-    return jnp.concatenate([markers[:, :1], latents, markers[:, 1:]], axis=1)
-
-
 class MoT(nnx.Module):
-    """Token embedding, L layers under `lax.scan`, final norms and the output head."""
+    """Token embedding, L layers, final norms and the output head."""
 
-    def __init__(self, c: TrunkConfig, dtype, rngs: nnx.Rngs):
+    def __init__(self, c: TrunkConfig, dtype, rngs: nnx.Rngs, make_layers=stack):
         self.config = c
         self.embed = nnx.Embed(c.vocab_size, c.hidden_size, dtype=dtype, param_dtype=dtype, rngs=rngs)
-        self.layers = stack(partial(Layer, c, dtype), c.num_layers, rngs)
+        self.layers = make_layers(partial(Layer, c, dtype), c.num_layers, rngs)
         self.norm = rms_norm(c.hidden_size, c.norm_eps, dtype, rngs)
         self.norm_gen = rms_norm(c.hidden_size, c.norm_eps, dtype, rngs)
         self.lm_head = linear(c.hidden_size, c.vocab_size, dtype, rngs, bias=False)
 
     def __call__(
-        self, x: Block, positions: jax.Array, kv_end: jax.Array, prefix: Prefix | None = None
-    ) -> tuple[Block, KV]:
-        """All layers over one block of tokens.
+        self, x: Block, positions: jax.Array, attention, cache: Any = None, *, remat: bool = False
+    ) -> tuple[Block, Any]:
+        """All layers over tokens of any sequences, whose keys and values are kept in a cache of any form.
 
         Args:
-            x: embedded tokens, B rows.
-            positions: RoPE positions, `[B, T]` or `[B, 1]` where the whole block shares one.
-            kv_end: `[T]` int32, how many of the block's own tokens each token sees (`attention.py`).
-            prefix: the caches before the block; None where there are none.
+            x: embedded tokens, `und` `[..., T, D]` and `gen` `[..., N, D]` or None.
+            positions: RoPE positions, `[..., T + N]`.
+            attention: `attention(layer, q, kv, cache) -> out, cache`, for the number of the layer and queries, keys and
+                values `[..., T + N, H or K, E]`: attends to what is in the cache and to what it puts there.
+            cache: a pytree that goes from layer to layer, so that it is changed in place.
+            remat: see `scan_layers`.
 
         Returns:
-            The normed hidden states, and the block's own keys and values `[L, B, T, K, E]`.
+            The hidden states behind the last layer, before the final norms, and the cache.
         """
         cos, sin = rotary(positions, self.config.head_dim, self.config.rope_theta)
-        prefix = prefix or Prefix((), (), jnp.zeros((0,), jnp.int32))
 
-        def step(layer, x, caches):
-            return layer(x, cos, sin, kv_end, prefix._replace(caches=caches))
+        def step(layer, carry, number):
+            x, cache = carry
+            return layer(x, cos, sin, lambda q, kv: attention(number, q, kv, cache)), None
 
-        x, fresh = scan_layers(self.layers, step, x, prefix.caches)
-        return Block(self.norm(x.und), None if x.gen is None else self.norm_gen(x.gen)), fresh
+        numbers = jnp.arange(self.config.num_layers)
+        return scan_layers(self.layers, step, (x, cache), numbers, remat=remat)[0]
+
+    def normed(self, x: Block) -> Block:
+        """Hidden states through the final norms."""
+        return Block(self.norm(x.und), None if x.gen is None else self.norm_gen(x.gen))
 
     def packed(self, x: Block, positions: jax.Array, sight: Sight, *, remat: bool = False) -> Block:
         """All layers over rows that hold several samples each, for training.
-
-        Attention does not mind in which order its keys stand, so each row's understanding tokens come first and its
-        generation tokens after them, whatever their places in their samples; `sight` knows those.
 
         Args:
             x: embedded tokens, `und` `[B, T, D]` and `gen` `[B, N, D]`, both there.
@@ -184,37 +155,13 @@ class MoT(nnx.Module):
         Returns:
             The normed hidden states.
         """
-        cos, sin = rotary(positions, self.config.head_dim, self.config.rope_theta)
 
-        def attention(q, kv):
-            return jax.vmap(attend_packed)(q, kv, sight), None
+        def attention(_, q, kv, cache):
+            return jax.vmap(attend_packed)(q, kv, sight), cache
 
-        x, _ = scan_layers(self.layers, lambda layer, x, _: layer.packed(x, cos, sin, attention), x, remat=remat)
-        return Block(self.norm(x.und), self.norm_gen(x.gen))
-
-    def paged(self, x: Block, positions: jax.Array, cache, attention) -> tuple[Block, Any]:
-        """All layers over tokens of many sequences, whose keys and values are kept in a cache of any form.
-
-        Args:
-            x: embedded tokens, `und` `[T, D]` and `gen` `[N, D]` or None.
-            positions: RoPE positions, `[T + N]`.
-            cache: a pytree that goes from layer to layer, so that it is changed in place.
-            attention: `attention(layer, q, kv, cache) -> out, cache`, for the number of the layer and queries, keys and
-                values `[T + N, H or K, E]`: puts the keys and values into the cache and attends to what is in there.
-
-        Returns:
-            The normed hidden states and the cache.
-        """
-        cos, sin = rotary(positions, self.config.head_dim, self.config.rope_theta)
-
-        def step(layer, carry, number):
-            x, cache = carry
-            return layer.packed(x, cos, sin, lambda q, kv: attention(number, q, kv, cache)), None
-
-        (x, cache), _ = scan_layers(self.layers, step, (x, cache), jnp.arange(self.config.num_layers))
-        return Block(self.norm(x.und), None if x.gen is None else self.norm_gen(x.gen)), cache
+        return self.normed(self(x, positions, attention, remat=remat)[0])
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """`[..., D]` (from `__call__`) -> `[..., V]` float32."""
+        """Normed hidden states `[..., D]` -> `[..., V]` float32."""
         kernel = self.lm_head.kernel[...]
         return jnp.matmul(hidden, kernel, precision=precision(hidden.dtype), preferred_element_type=jnp.float32)

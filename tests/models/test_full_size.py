@@ -10,23 +10,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from checkpoints import DATA, official_shapes
-from flax import nnx
 from PIL import Image
 
 from bagel_jax.ar import steps
-from bagel_jax.ar.batch import bucket
 from bagel_jax.ar.sampling import Sampling
 from bagel_jax.ar.scheduler import MAX_TEXTS
+from bagel_jax.buckets import bucket
 from bagel_jax.checkpoint.sizes import read_config
 from bagel_jax.checkpoint.table import AUTOENCODER, MAIN
 from bagel_jax.config import PictureTransform
-from bagel_jax.diffusion.guidance import guidance
-from bagel_jax.diffusion.loop import Canvas, DenoiseState, decode_latents, denoise
-from bagel_jax.diffusion.schedule import schedule
-from bagel_jax.handoff import ContextKV
+from bagel_jax.diffusion.decoder import decode_latents
+from bagel_jax.diffusion.guidance import Guidance
+from bagel_jax.diffusion.loop import Batch, DenoiseState, Program, Rows, denoise
+from bagel_jax.diffusion.taylorseer import Forecasts
 from bagel_jax.inputs.pictures import prepare_picture
-from bagel_jax.models.attention import KV
 from bagel_jax.models.weights import abstract_weights, flatten
+from bagel_jax.request import MAX_STEPS
 
 L, K, E, V = 28, 4, 128, 152064
 INT = jax.ShapeDtypeStruct((), jnp.int32)
@@ -55,8 +54,8 @@ def array(*shape, dtype=jnp.float32):
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def cache(length):
-    return KV(*(array(L, length, K, E, dtype=jnp.bfloat16) for _ in range(2)))
+def ints(*shape):
+    return array(*shape, dtype=jnp.int32)
 
 
 def shapes(tree):
@@ -122,10 +121,6 @@ def test_largest_picture_in_both_encoders(config):
 
 def chunk_of(text, image=None, sequences=MAX_TEXTS + 2):
     """The arrays of a chunk to prefill: `text` tokens, and `image` of a picture."""
-
-    def ints(*shape):
-        return array(*shape, dtype=jnp.int32)
-
     block = None if image is None else array(image, 3584, dtype=jnp.bfloat16)
     total = text + (image or 0)
     return steps.Chunk(ints(text), block, *(ints(total) for _ in range(4)), ints(sequences + 1), ints(sequences, 512))
@@ -144,8 +139,8 @@ def rows_of(count):
 @pytest.mark.parametrize("chunk", [(2048,), (64, bucket(4900, 64)), (64, 4096)], ids=["text", "patches", "latents"])
 def test_prefill(weights, chunk):
     """The largest step does not trace at full size, or its pages change type."""
-    static = steps.Program(weights.graph, "xla")._replace(latents=chunk[-1] == 4096)
-    args = static, weights.params, PAGES, chunk_of(*chunk)
+    static = steps.Program(weights.skeleton, "xla")._replace(latents=chunk[-1] == 4096)
+    args = static, weights.arrays, PAGES, chunk_of(*chunk)
     assert shapes(jax.eval_shape(lambda *a: steps.prefill(static, *a), *args[1:])) == shapes(PAGES)
     rows, sampling = rows_of(16)
     mixed = jax.eval_shape(
@@ -158,61 +153,64 @@ def test_embedding_of_pictures(weights):
     """The largest picture does not trace through the ViT or the autoencoder."""
     padded = bucket(4900, 64)
     args = array(padded, 588), array(padded, dtype=jnp.int32), INT
-    vit = jax.eval_shape(lambda *a: steps.embed_vit(weights.graph, *a), weights.params, *args)
+    vit = jax.eval_shape(lambda *a: steps.embed_vit(weights.skeleton, *a), weights.arrays, *args)
     assert shapes(vit) == [((padded, 3584), jnp.bfloat16)]
     args = array(1024, 1024, 3), array(128, 128, 16), array(4096, dtype=jnp.int32)
-    vae = jax.eval_shape(lambda *a: steps.embed_vae(weights.graph, *a, 4096), weights.params, *args)
+    vae = jax.eval_shape(lambda *a: steps.embed_vae(weights.skeleton, *a, 4096), weights.arrays, *args)
     assert shapes(vae) == [((4096, 3584), jnp.bfloat16)]
 
 
 def test_decoding(weights):
     """The decoding program does not trace at full size."""
-    static = steps.Program(weights.graph, "xla")
+    static = steps.Program(weights.skeleton, "xla")
     rows, sampling = rows_of(16)
-    out = jax.eval_shape(lambda *a: steps.decode(static, *a), weights.params, PAGES, rows, sampling, INT, INT)
+    out = jax.eval_shape(lambda *a: steps.decode(static, *a), weights.arrays, PAGES, rows, sampling, INT, INT)
     assert shapes(out) == [((16, steps.MAX_CALL), jnp.int32), *shapes(PAGES)]
     logits, _ = jax.eval_shape(
-        lambda p, pages, r: steps.advance(nnx.merge(weights.graph, p), pages, r, None, static),
-        weights.params,
+        lambda p, pages, r: steps.advance(weights.skeleton.merge(p), pages, r, None, static),
+        weights.arrays,
         PAGES,
         rows,
     )
     assert (logits.shape, logits.dtype) == ((16, V), jnp.float32)
 
 
-def test_denoising(weights):
-    """An edit at 1024 x 1024 with three branches does not trace, or its latents change type on the way."""
-    context = ContextKV(
-        caches=(cache(10240), cache(64)),
-        length=array(3, dtype=jnp.int32),
-        rope=array(3, dtype=jnp.int32),
-        rows=(0, 0, 1),
-        text_row=1,
-        img_row=2,
+@pytest.mark.parametrize("forecasting", [False, True], ids=["computed", "TaylorSeer"])
+def test_denoising(weights, forecasting):
+    """Edits at 1024 x 1024 with three branches each do not trace, or their latents change type on the way."""
+    requests, rows, tokens = 2, 6, 4096
+    batch = Batch(
+        active=array(requests, dtype=jnp.bool_),
+        step=ints(requests),
+        timesteps=array(requests, MAX_STEPS),
+        deltas=array(requests, MAX_STEPS),
+        tokens=ints(requests),
+        position_ids=ints(requests, tokens),
+        text_on=array(requests, dtype=jnp.bool_),
+        text_view=ints(requests),
+        img_view=ints(requests),
+        guidance=Guidance(array(requests), array(requests), ints(requests), array(requests)),
+        markers=ints(2),
     )
-    canvas = Canvas(array(4096, dtype=jnp.int32), array(2, dtype=jnp.int32))
-    state = DenoiseState(array(4096, 64), INT)
+    terms = ahead = None
+    if forecasting:
+        terms = array(requests, 3, 7, tokens, 3584, dtype=jnp.bfloat16)
+        ahead = Forecasts(ints(requests, 3), array(requests, 3), array(requests, 3, dtype=jnp.bool_))
+    state = DenoiseState(array(requests, tokens, 64), PAGES, terms)
+    static = Program(weights.skeleton, "xla", tokens)
+    views = Rows(ints(rows), ints(rows), ints(rows), ints(rows), ints(rows, 256))
     out = jax.eval_shape(
-        denoise,
-        weights.graph,
-        weights.params,
-        state,
-        INT,
-        schedule(50, 3.0, (0.4, 1.0)),
-        canvas,
-        context,
-        guidance(4.0, 2.0, "text_channel", 0.0),
+        lambda params, *a: denoise(static, params, *a), weights.arrays, state, batch, views, ahead, INT
     )
     assert shapes(out) == shapes(state)
 
 
 def test_pixels(weights):
     """The decoder does not trace at 1024 x 1024, or hands out pixels in bfloat16."""
-    out = jax.eval_shape(
-        lambda params, tokens: decode_latents(weights.graph, params, tokens, (64, 64)), weights.params, array(4096, 64)
-    )
-    assert (out.shape, out.dtype) == ((1024, 1024, 3), jnp.float32)
-    wide = jax.eval_shape(
-        lambda params, tokens: decode_latents(weights.graph, params, tokens, (36, 64)), weights.params, array(2304, 64)
-    )
-    assert wide.shape == (576, 1024, 3)
+    for grid, size in (((64, 64), (1024, 1024)), ((36, 64), (576, 1024))):
+        out = jax.eval_shape(
+            lambda params, tokens, grid=grid: decode_latents(weights.skeleton, params, tokens, grid),
+            weights.arrays,
+            array(2, grid[0] * grid[1], 64),
+        )
+        assert (out.shape, out.dtype) == ((2, *size, 3), jnp.float32)

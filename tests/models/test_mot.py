@@ -9,11 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from dense import through
 from flax import nnx
 from small import CONFIG, drawn, weights
 
 from bagel_jax.models.attention import KV
-from bagel_jax.models.mot import Block, MoT, Prefix, rotary
+from bagel_jax.models.mot import Block, MoT, rotary
+from bagel_jax.pallas.paged_attention.api import paged_attention
+from bagel_jax.pallas.paged_attention.pages import empty_pages, to_dense, write
 
 ONE_LAYER = dataclasses.replace(CONFIG.trunk, num_layers=1, vocab_size=16)
 
@@ -27,14 +30,14 @@ def one_layer():
 
 def latent_block(seed=0, latents=3):
     generator = np.random.RandomState(seed)
-    return Block(*(jnp.asarray(generator.standard_normal((1, n, 32)).astype(np.float32)) for n in (2, latents)))
+    return Block(*(jnp.asarray(generator.standard_normal((n, 32)).astype(np.float32)) for n in (2, latents)))
 
 
 @partial(jax.jit, static_argnames="graph")
 def run(graph, params, block):
     """All layers over a latent block that stands at position 3, behind nothing."""
-    size = block.gen.shape[1] + 2
-    return nnx.merge(graph, params)(block, jnp.full((1, 1), 3), jnp.full((size,), size))
+    size = len(block.gen) + 2
+    return through(nnx.merge(graph, params), block, jnp.full((size,), 3), jnp.full((size,), size))
 
 
 def changed(one_layer, path):
@@ -48,12 +51,12 @@ def changed(one_layer, path):
 
 
 def differ(a, b):
-    """For each token of `[1, T, ...]` or `[L, 1, T, ...]`, whether the two differ."""
-    a, b = (np.asarray(x).reshape(-1, *x.shape[-3:]) if x.ndim == 5 else np.asarray(x) for x in (a, b))
+    """For each token of `[T, D]` or `[L, T, K, E]`, whether the two differ."""
+    a, b = (np.asarray(x)[None] if x.ndim == 2 else np.asarray(x) for x in (a, b))
     return [bool(np.abs(a[:, t] - b[:, t]).max() > 1e-6) for t in range(a.shape[1])]
 
 
-MARKERS, LATENTS = [True, False, False, False, True], [False, True, True, True, False]
+MARKERS, LATENTS = [True, True, False, False, False], [False, False, True, True, True]
 
 
 @pytest.mark.parametrize("name", ["k.kernel", "k.bias", "k_norm.scale"])
@@ -109,7 +112,7 @@ def test_text_does_not_know_the_generation_expert():
     @jax.jit
     def text(params):
         trunk = nnx.merge(weights().graph, params).trunk
-        out, kv = trunk(Block(trunk.embed(jnp.arange(6))[None]), jnp.arange(6)[None], jnp.arange(6) + 1)
+        out, kv = through(trunk, Block(trunk.embed(jnp.arange(6))), jnp.arange(6), jnp.arange(6) + 1)
         return trunk.logits(out.und), kv
 
     for ours, theirs in zip(jax.tree.leaves(text(params)), jax.tree.leaves(text(poisoned)), strict=True):
@@ -120,24 +123,33 @@ def test_rows_do_not_see_each_other():
     """A guidance branch, or a neighbour's request, changes what another row computes."""
     trunk = weights().model().trunk
     generator = np.random.RandomState(5)
-    caches = [
-        KV(*(jnp.asarray(generator.standard_normal((2, 7, 2, 8)).astype(np.float32)) for _ in range(2)))
-        for _ in range(2)
-    ]
-    block = latent_block()
-    both = Block(*(jnp.concatenate([x, x + 1, x]) for x in block))
-    lengths, ropes = jnp.asarray([4, 7, 0]), jnp.asarray([[4], [9], [0]])
-    kv_end = jnp.full((5,), 5)
-    out, kv = jax.jit(lambda *a: trunk(*a, Prefix(tuple(caches), (0, 1, 1), lengths)))(both, ropes, kv_end)
-    for row, cache in enumerate((0, 1, 1)):
-        mine = Block(*(x[row : row + 1] for x in both))
-        past = Prefix((caches[cache],), (0,), lengths[row : row + 1])
-        alone, own = trunk(mine, ropes[row : row + 1], kv_end, past)
-        np.testing.assert_allclose(out.gen[row], alone.gen[0], rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(out.und[row], alone.und[0], rtol=1e-4, atol=1e-5)
-        np.testing.assert_allclose(kv.k[:, row], own.k[:, 0], rtol=1e-4, atol=1e-5)
-    without, _ = trunk(Block(*(x[2:] for x in both)), ropes[2:], kv_end)
-    np.testing.assert_allclose(out.gen[2], without.gen[0], rtol=1e-4, atol=1e-5)
+    lengths, ropes, block = (4, 7, 0), (4, 9, 0), latent_block()
+    both = Block(*(jnp.stack([x, x + 1, x]) for x in block))
+    caches = [KV(*generator.standard_normal((2, 2, length, 2, 8)).astype(np.float32)) for length in lengths]
+    pages = empty_pages(2, 4, 2, 16, 8, jnp.float32)  # one a row, of its context and its block
+    for row, cache in enumerate(caches):
+        for layer in range(2):
+            place = jnp.arange(lengths[row])
+            pages = write(pages, layer, jnp.full_like(place, row + 1), place, cache.k[layer], cache.v[layer])
+    page, slot = jnp.repeat(jnp.arange(3) + 1, 5), (jnp.asarray(lengths)[:, None] + jnp.arange(5)).reshape(-1)
+    table, offsets, end = jnp.asarray([[1], [2], [3]]), jnp.arange(4) * 5, jnp.repeat(jnp.asarray(lengths) + 5, 5)
+
+    def attention(layer, q, kv, pages):
+        k, v = (x.reshape(15, *x.shape[2:]) for x in kv)
+        pages = write(pages, layer, page, slot, k, v)
+        out = paged_attention(q.reshape(15, 4, 8), pages, layer, table, offsets, end, backend="xla")
+        return out.reshape(q.shape), pages
+
+    positions = jnp.repeat(jnp.asarray(ropes)[:, None], 5, axis=1)
+    out, pages = jax.jit(lambda *args: trunk(*args[:2], attention, args[2]))(both, positions, pages)
+    out = trunk.normed(out)
+    for row, (past, length) in enumerate(zip(caches, lengths, strict=True)):
+        mine = Block(*(x[row] for x in both))
+        alone, kv = through(trunk, mine, positions[row], jnp.full(5, length + 5), past)
+        np.testing.assert_allclose(out.gen[row], alone.gen, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(out.und[row], alone.und, rtol=1e-4, atol=1e-5)
+        own, _ = to_dense(pages, np.asarray([row + 1]))
+        np.testing.assert_allclose(own[:, length : length + 5], kv.k[:, length:], rtol=1e-4, atol=1e-5)
 
 
 def test_grouped_heads_equal_repeated_ones(one_layer):
@@ -154,10 +166,10 @@ def test_grouped_heads_equal_repeated_ones(one_layer):
                 flat["layers", expert, name, kind] = variable.replace(repeated)
     full = dataclasses.replace(ONE_LAYER, num_kv_heads=4)
     other = nnx.split(nnx.eval_shape(lambda: MoT(full, jnp.float32, nnx.Rngs(0))))[0]
-    size = jnp.full((5,), 5)
-    ours, _ = nnx.merge(graph, params)(latent_block(), jnp.zeros((1, 1), jnp.int32), size)
-    theirs, kv = nnx.merge(other, nnx.from_flat_state(flat.items()))(latent_block(), jnp.zeros((1, 1), jnp.int32), size)
-    assert kv.k.shape == (1, 1, 5, 4, 8)
+    where = jnp.zeros(5, jnp.int32), jnp.full((5,), 5)
+    ours, _ = through(nnx.merge(graph, params), latent_block(), *where)
+    theirs, kv = through(nnx.merge(other, nnx.from_flat_state(flat.items())), latent_block(), *where)
+    assert kv.k.shape == (1, 5, 4, 8)
     np.testing.assert_allclose(ours.gen, theirs.gen, rtol=1e-4, atol=1e-5)
 
 
@@ -177,7 +189,7 @@ def test_only_distances_matter(one_layer):
     """A conversation changes meaning as it moves along: attention depends on more than distances."""
     trunk = nnx.merge(*one_layer)
     x = Block(latent_block().gen)
-    outs = [trunk(x, jnp.arange(3)[None] + start, jnp.arange(3) + 1)[0].und for start in (0, 50)]
+    outs = [through(trunk, x, jnp.arange(3) + start, jnp.arange(3) + 1)[0].und for start in (0, 50)]
     np.testing.assert_allclose(*outs, rtol=1e-4, atol=1e-4)
-    other = trunk(x, 2 * jnp.arange(3)[None], jnp.arange(3) + 1)[0].und
+    other = through(trunk, x, 2 * jnp.arange(3), jnp.arange(3) + 1)[0].und
     assert np.abs(other - outs[0]).max() > 1e-3

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from dense import through
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,7 +17,7 @@ from training import full_batch, tiny_weights
 
 from bagel_jax.models import attention
 from bagel_jax.models.attention import KV, Sight, attend_packed
-from bagel_jax.models.mot import Block, Prefix
+from bagel_jax.models.mot import Block
 from bagel_jax.models.weights import fill, flatten
 from bagel_jax.train.objective import loss
 from bagel_jax.train.packing import Batch, TextPart, VaePart, lay_out, pack
@@ -118,26 +119,14 @@ def test_slices_hold_few_scores(monkeypatch):
 def serve(trunk, texts, block):
     """Hidden states of a text, a clean picture's block and another text, as stage 0 computes them."""
     first, second = texts
-    n = block.shape[1]
-    causal = [jnp.arange(len(ids)) + 1 for ids in texts]
-    rope = len(first)
-    out1, kv1 = trunk(Block(trunk.embed(jnp.asarray(first))[None]), jnp.arange(rope)[None], causal[0])
-    und = trunk.embed(jnp.asarray([700, 701]))[None]
-    cache = KV(*(x[:, 0] for x in kv1))
-    out2, kv2 = trunk(
-        Block(und, block),
-        jnp.full((1, 1), rope),
-        jnp.full((n + 2,), n + 2),
-        Prefix((cache,), (0,), jnp.asarray([rope])),
-    )
-    both = KV(*(jnp.concatenate([a, b[:, 0]], axis=1) for a, b in zip(cache, kv2, strict=True)))
-    out3, _ = trunk(
-        Block(trunk.embed(jnp.asarray(second))[None]),
-        rope + 1 + jnp.arange(len(second))[None],
-        causal[1],
-        Prefix((both,), (0,), jnp.asarray([rope + n + 2])),
-    )
-    return jnp.concatenate([out1.und, out2.und, out3.und], axis=1), out2.gen
+    n, rope = len(block), len(first)
+    out1, cache = through(trunk, Block(trunk.embed(jnp.asarray(first))), jnp.arange(rope), jnp.arange(rope) + 1)
+    und = trunk.embed(jnp.asarray([700, 701]))
+    end = rope + n + 2
+    out2, cache = through(trunk, Block(und, block), jnp.full(n + 2, rope), jnp.full(n + 2, end), cache)
+    place = jnp.arange(len(second))
+    out3, _ = through(trunk, Block(trunk.embed(jnp.asarray(second))), rope + 1 + place, end + place + 1, cache)
+    return jnp.concatenate([out1.und, out2.und, out3.und]), out2.gen
 
 
 def test_the_trunk_learns_what_it_serves():
@@ -162,11 +151,11 @@ def test_the_trunk_learns_what_it_serves():
         return m.trunk.packed(Block(jnp.concatenate([text, vit], axis=1), gen), batch.rope, batch.sight, remat=remat)
 
     gen = model.embed_latents(latents[None], jnp.zeros((1, 1)), positions)
-    und, gen = serve(model.trunk, texts, gen)
+    und, gen = serve(model.trunk, texts, gen[0])
     for remat in (False, True):
         ours = packed(weights().params, batch, remat)
-        np.testing.assert_allclose(ours.und[0, 4:13], und[0], rtol=1e-4, atol=1e-4)
-        np.testing.assert_allclose(ours.gen[0, 2:7], gen[0], rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(ours.und[0, 4:13], und, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(ours.gen[0, 2:7], gen, rtol=1e-4, atol=1e-4)
         assert np.isfinite(ours.und).all()
         assert np.isfinite(ours.gen).all()
 

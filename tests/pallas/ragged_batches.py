@@ -62,6 +62,11 @@ def random_kv_end(generator, length: int) -> np.ndarray:
     return np.asarray(ends, np.int32)
 
 
+def rounded(generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """Random numbers that `dtype` has, so that the truth is about the same ones."""
+    return np.asarray(jnp.asarray(generator.standard_normal(shape), dtype).astype(jnp.float32))
+
+
 def draw(
     seed: int,
     lengths: list[int],
@@ -84,8 +89,8 @@ def draw(
     if num_queries is None:
         num_queries = [int(generator.integers(0, n + 1)) for n in lengths]
 
-    def normal(*shape):  # rounded, so that the truth is about the same numbers
-        return np.asarray(jnp.asarray(generator.standard_normal(shape), dtype).astype(jnp.float32))
+    def normal(*shape):
+        return rounded(generator, shape, dtype)
 
     counts = [-(-n // page) for n in lengths]
     layers, layer = 2, 1
@@ -110,6 +115,20 @@ def draw(
     q = np.concatenate([*queries, np.zeros((padding, heads, width), np.float32)])
     kv_end = np.concatenate([*ends, np.zeros(padding, np.int32)]).astype(np.int32)
     return Batch(q, pages, layer, table.astype(np.int32), offsets, kv_end, sequences)
+
+
+def draw_blocks(seed: int, contexts: list[int], blocks: list[int], num_queries: int, **sizes) -> Batch:
+    """Rows of stage 1: in each, all queries see a context and a block right behind it.
+
+    Every row has `num_queries`, those beyond the tokens of its block are padding; a block of 0 is a row of padding.
+    """
+    ends = [context + block if block else 0 for context, block in zip(contexts, blocks, strict=True)]
+    total = len(ends) * num_queries
+    batch = draw(seed, ends, [0] * len(ends), padding=total, **sizes)
+    batch.q = rounded(np.random.default_rng(seed), batch.q.shape, sizes.get("dtype", "float32"))
+    batch.kv_end = np.repeat(np.asarray(ends, np.int32), num_queries)
+    batch.query_offsets = np.arange(0, total + 1, num_queries, dtype=np.int32)
+    return batch
 
 
 def draw_decode(seed: int, lengths: list[int], **sizes) -> Batch:

@@ -5,17 +5,15 @@ Fast are the least combinations that see each part of a kernel; the others are `
 
 from __future__ import annotations
 
-import dataclasses
 from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from pallas.backends import check, close, no_races, on_gpu
-from pallas.ragged_batches import draw, draw_decode
+from pallas.backends import check, close, on_gpu
+from pallas.ragged_batches import draw, draw_blocks, draw_decode
 
-from bagel_jax.pallas.paged_attention.api import paged_attention, paged_decode, prefix_attention
+from bagel_jax.pallas.paged_attention.api import paged_attention, paged_decode
 
 NAMES = ("reference", "xla", "tpu-interpret", "tpu-races")
 BOTH = ("float32", "bfloat16")
@@ -103,27 +101,11 @@ def test_without_lse(function, make, backend, dtype):
 
 
 @pytest.mark.parametrize(("backend", "dtype"), every_type(*FAST))
-def test_prefix(backend, dtype):
-    """Stage 1's entry: rows with different prefixes, one of them empty, one padded."""
-    lengths, size, real = [33, 0, 16], 21, np.asarray([21, 21, 9])
-    sizes = {"padding": 0, "dtype": dtype, **sizes_of(backend)}
-    batch = draw(5, lengths, [0, 0, 0], **sizes)
-    fresh = draw(6, [size] * 3, [size] * 3, **sizes)
-    q, (k, v) = fresh.q.reshape(3, size, 4, -1), (np.stack(x) for x in zip(*fresh.sequences, strict=True))
-    out = jax.jit(partial(prefix_attention, backend=backend))(
-        *(jnp.asarray(x, dtype) for x in (q, k, v)),
-        *batch.arguments(dtype)[1:4],
-        jnp.asarray(lengths, jnp.int32),
-        jnp.asarray(real, jnp.int32),
-    )
-    assert out.dtype == jnp.dtype(dtype)
-    no_races(backend)
-    seen = [
-        tuple(np.concatenate([past, own[r, : real[r]]]) for past, own in zip(batch.sequences[r], (k, v), strict=True))
-        for r in range(3)
-    ]
-    ends = np.repeat(np.asarray(lengths) + real, size)
-    together = dataclasses.replace(fresh, sequences=seen, kv_end=ends)
-    expected = together.expected()[0].reshape(q.shape)
-    for r in range(3):
-        close(out[r, : real[r]], expected[r, : real[r]], dtype)
+def test_denoise(backend, dtype):
+    """A picture would miss some of its context or of itself, or see another branch, in stage 1's call.
+
+    Blocks that see all of themselves over contexts of several lengths, one of them empty, one block padded, one row all
+    padding.
+    """
+    batch = draw_blocks(5, [33, 0, 16, 40], [21, 21, 9, 0], 21, dtype=dtype, **sizes_of(backend))
+    check(backend, batch, dtype)

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from bagel_jax.pallas.paged_attention import gpu, reference, tpu, xla
-from bagel_jax.pallas.paged_attention.pages import page_size, to_pages
+from bagel_jax.pallas.paged_attention.pages import page_size
 from bagel_jax.pallas.paged_attention.tiles import Backend, Tiling, merge, ragged, split, tiles
 
 BACKENDS: dict[str, Backend] = {
@@ -29,7 +29,6 @@ BACKENDS: dict[str, Backend] = {
     "gpu": gpu.backend(),
     "tpu-interpret": tpu.backend(interpret=True),
 }
-_FRESH_PAGE = 128  # tokens a page of keys that were only just computed
 
 
 def paged_attention(
@@ -95,49 +94,6 @@ def paged_decode(
         out, lse = _tiled(q[:, None], pages, layer, page_table, sequence, kv_end[:, None], tiling, chosen.attend)
         out, lse = out[:, 0], lse[:, 0]
     return _finish(q, out, lse, kv_end, return_lse)
-
-
-def prefix_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    pages: jax.Array,
-    layer: jax.Array,
-    page_table: jax.Array,
-    prefix_len: jax.Array,
-    fresh_len: jax.Array | None = None,
-    *,
-    backend: str,
-) -> jax.Array:
-    """Attention of B rows over a read-only prefix in pages and over keys and values of the call itself (stage 1).
-
-    Every query of a row sees all of both. The two parts are computed apart and joined by their log-sum-exps.
-
-    Args:
-        q: `[B, T, H, E]`.
-        k, v: `[B, T, K, E]`, fresh.
-        pages, layer: see `paged_attention`.
-        page_table: `[B, n]` int32, the prefix of each row.
-        prefix_len: `[B]` int32, may be 0.
-        fresh_len: `[B]` int32, how many of the T are real; None: all.
-        backend: `reference` or one of `BACKENDS`.
-
-    Returns:
-        `[B, T, H, E]` in q's dtype.
-    """
-    batch, length, heads, width = q.shape
-    if fresh_len is None:
-        fresh_len = jnp.full((batch,), length, jnp.int32)
-    own = to_pages(k.astype(pages.dtype), v.astype(pages.dtype), _FRESH_PAGE)
-    own_table = jnp.arange(own.shape[1], dtype=jnp.int32).reshape(batch, -1)
-    offsets = jnp.arange(batch + 1, dtype=jnp.int32) * length
-    flat = q.reshape(-1, heads, width)
-    parts = [
-        paged_attention(flat, *source, offsets, jnp.repeat(seen, length), backend=backend, return_lse=True)
-        for source, seen in (((pages, layer, page_table), prefix_len), ((own, jnp.int32(0), own_table), fresh_len))
-    ]
-    out, _ = merge(jnp.stack([out for out, _ in parts]), jnp.stack([lse for _, lse in parts]), axis=0)
-    return out.astype(q.dtype).reshape(q.shape)
 
 
 def _backend(name: str, q, pages) -> Backend:

@@ -31,7 +31,11 @@ def write(pages: jax.Array, layer: jax.Array, page: jax.Array, slot: jax.Array, 
         page, slot: `[T]` int32, each token's page and its place in it.
         k, v: `[T, K, E]`.
     """
-    return pages.at[layer, page, :, :, slot].set(jnp.stack([k, v], axis=2).astype(pages.dtype))
+    # Everything but E is indexed: with larger windows XLA gives the pool another layout on a TPU, and copies all of it
+    # in every layer.
+    head, which = jnp.arange(pages.shape[2])[:, None], jnp.arange(2)
+    kv = jnp.stack([k, v], axis=2).astype(pages.dtype)
+    return pages.at[layer, page[:, None, None], head, which, slot[:, None, None]].set(kv)
 
 
 def read(pages: jax.Array, layer: jax.Array, numbers: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -45,14 +49,6 @@ def read(pages: jax.Array, layer: jax.Array, numbers: jax.Array) -> tuple[jax.Ar
 def copy_pages(pages: jax.Array, source: jax.Array, target: jax.Array) -> jax.Array:
     """Pages with those numbered `target` `[n]` replaced by what `source` `[n]` hold, in all layers."""
     return pages.at[:, target].set(pages[:, source])
-
-
-def to_pages(k: jax.Array, v: jax.Array, page_size: int) -> jax.Array:
-    """Keys and values `[B, T, K, E]` as pages of one layer, `[1, B ceil(T / page), K, 2, page, E]`, rows in order."""
-    kv = jnp.stack([k, v], axis=3)  # [B, T, K, 2, E]
-    kv = jnp.pad(kv, ((0, 0), (0, -kv.shape[1] % page_size), (0, 0), (0, 0), (0, 0)))
-    kv = kv.reshape(-1, page_size, *kv.shape[2:])
-    return kv.transpose(0, 2, 3, 1, 4)[None]
 
 
 def to_dense(pages: jax.Array, numbers: jax.Array) -> tuple[jax.Array, jax.Array]:

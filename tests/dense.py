@@ -1,0 +1,56 @@
+"""Attention over keys and values that lie in a row, nothing in pages: what attention over pages must be equal to."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bagel_jax.handoff import ContextKV
+from bagel_jax.models.attention import KV, attend
+from bagel_jax.models.mot import Block, MoT
+from bagel_jax.pallas.paged_attention.pages import to_dense
+
+
+def through(trunk: MoT, x: Block, rope, kv_end, past: KV | None = None) -> tuple[Block, KV]:
+    """Tokens of one sequence through the trunk.
+
+    Args:
+        trunk: the trunk.
+        x: embedded tokens, `und` `[T, D]` and `gen` `[N, D]` or None.
+        rope: `[T + N]`.
+        kv_end: `[T + N]`, how many of the tokens before them and of the T + N each token sees.
+        past: keys and values of the tokens before them, `[L, S, K, E]`.
+
+    Returns:
+        The normed hidden states, and the keys and values of all tokens, `[L, S + T + N, K, E]`.
+    """
+    c = trunk.config
+    if past is None:
+        past = KV(*(jnp.zeros((c.num_layers, 0, c.num_kv_heads, c.head_dim), x.und.dtype) for _ in range(2)))
+    start = past.k.shape[1]
+
+    def attention(layer, q, kv, cache):
+        cache = KV(*(whole.at[layer, start:].set(own) for whole, own in zip(cache, kv, strict=True)))
+        return attend(q, KV(cache.k[layer], cache.v[layer]), kv_end), cache
+
+    cache = KV(*(jnp.pad(whole, ((0, 0), (0, len(rope)), (0, 0), (0, 0))) for whole in past))
+    out, cache = trunk(x, rope, attention, cache)
+    return trunk.normed(out), cache
+
+
+def behind(past: KV):
+    """For `BagelModel.noised_hidden`: every token of a block, of one row, sees `past` `[L, S, K, E]` and the block."""
+
+    def attention(layer, q, kv, cache):
+        seen = KV(*(jnp.concatenate([before[layer], own[0]]) for before, own in zip(past, kv, strict=True)))
+        return attend(q[0], seen, jnp.full(q.shape[1], len(seen.k)))[None], cache
+
+    return attention
+
+
+def view_of(context: ContextKV, view: int = 0) -> KV:
+    """What a view of a context sees, `[L, length, K, E]`."""
+    length = int(context.length[view])
+    cache = to_dense(context.pages, np.asarray(context.page_table[view]))
+    return KV(*jax.tree.map(lambda x: x[:, :length], cache))
