@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections import defaultdict, deque
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import jax
 
@@ -15,20 +15,35 @@ _COMPILE_EVENTS = (
     "/jax/core/compile/jaxpr_to_mlir_module_duration",
     "/jax/core/compile/backend_compile_duration",
 )
-# Start and end of each stretch of compiling in this process, by time.perf_counter(); old ones are forgotten.
-_compiling: deque[tuple[float, float]] = deque(maxlen=10_000)
+# Start and end of each stretch of compiling, by time.perf_counter(), of each thread; old ones are forgotten.
+_compiling: dict[int, deque[tuple[float, float]]] = defaultdict(lambda: deque(maxlen=10_000))
 
 
 def _note_compiling(event: str, seconds: float, **_: Any) -> None:
     if event in _COMPILE_EVENTS:
         end = time.perf_counter()
+        mine = _compiling[threading.get_ident()]
         # Tracing a function traces those it calls; theirs were noted first and lie within.
-        while _compiling and _compiling[-1][0] >= end - seconds:
-            _compiling.pop()
-        _compiling.append((end - seconds, end))
+        while mine and mine[-1][0] >= end - seconds:
+            mine.pop()
+        mine.append((end - seconds, end))
 
 
 jax.monitoring.register_event_duration_secs_listener(_note_compiling)
+
+
+class Span(NamedTuple):
+    """A stretch of time that went into a phase of a request's work."""
+
+    phase: str
+    started: float  # by time.perf_counter()
+    ended: float
+    thread: int  # that worked
+
+    @classmethod
+    def here(cls, phase: str, started: float, ended: float) -> Span:
+        """A span of work in the calling thread."""
+        return cls(phase, started, ended, threading.get_ident())
 
 
 class Clock:
@@ -37,16 +52,18 @@ class Clock:
     def __init__(self):
         self.seconds = {"compile": 0.0}
 
-    def add(self, name: str, started: float, ended: float) -> None:
-        """Counts a stretch of time, start and end by `time.perf_counter()`."""
-        within = ((max(start, started), min(end, ended)) for start, end in _compiling)
+    @classmethod
+    def of(cls, spans: Iterable[Span]) -> Clock:
+        """The clock of a request's spans."""
+        clock = cls()
+        for span in spans:
+            clock.add(span)
+        return clock
+
+    def add(self, span: Span) -> None:
+        """Counts a stretch of time."""
+        name, started, ended, thread = span
+        within = ((max(start, started), min(end, ended)) for start, end in list(_compiling[thread]))
         compiling = sum(end - start for start, end in within if end > start)
         self.seconds["compile"] += compiling
         self.seconds[name] = self.seconds.get(name, 0.0) + ended - started - compiling
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Times the work inside, which must have finished on the device when it ends."""
-        started = time.perf_counter()
-        yield
-        self.add(name, started, time.perf_counter())

@@ -4,36 +4,53 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from dense import view_of
 
 from bagel_jax.ar import steps
 from bagel_jax.ar.batch import rows_of
-from bagel_jax.ar.jobs import Job
-from bagel_jax.ar.stage import ContextStage, Failed, Finished, Tokens
+from bagel_jax.ar.jobs import Job, Statistics
+from bagel_jax.ar.stage import ContextStage, Tokens
+from bagel_jax.handoff import ContextKV, Failed
 from bagel_jax.inputs.plan import Build, Plan, Segment, View, place
 from bagel_jax.inputs.prepare import Prepared
 from bagel_jax.models.attention import KV
+from bagel_jax.pallas.paged_attention.pages import to_dense
 
 
-def serve(stage: ContextStage, *prepared: Prepared) -> dict[str, Finished | Failed]:
+@dataclass(frozen=True)
+class Served:
+    """A request that has left stage 0, with its context where it makes a picture."""
+
+    request_id: str
+    ids: list[int] | None
+    stats: Statistics
+    context: ContextKV | None
+
+
+def serve(stage: ContextStage, *prepared: Prepared) -> dict[str, Served | Failed]:
     """What becomes of requests that are in work together; tokens are heard of as they come, and no others."""
     heard: dict[str, list[int]] = {}
-    gone: dict[str, Finished | Failed] = {}
+    gone: dict[str, Served | Failed] = {}
     for one in prepared:
         stage.submit(one)
     while stage.busy:
         for event in stage.step():
             if isinstance(event, Tokens):
                 heard.setdefault(event.request_id, []).extend(event.ids)
-            else:
+            elif isinstance(event, Failed):
                 gone[event.request_id] = event
+            else:
+                waits = stage.pages_ready(event.request_id) is not None
+                context = stage.take(event.request_id) if waits else None
+                gone[event.request_id] = Served(event.request_id, event.ids, event.stats, context)
     for key, event in gone.items():
-        if isinstance(event, Finished) and event.ids is not None:
+        if isinstance(event, Served) and event.ids is not None:
             assert event.ids[1:] == heard.get(key, [])
     return gone
 
@@ -58,12 +75,13 @@ def context_of(stage: ContextStage, prepared: Prepared, segments: Sequence[Segme
     """Keys and values of any segments, `[L, S, K, E]`, S their number of tokens."""
     made = with_segments(prepared, segments)
     (finished,) = serve(stage, made).values()
-    return jax.tree.map(lambda x: x[:, : made.plan.main.length], finished.context.caches[0])
+    assert finished.context.length.tolist() == [made.plan.main.length]
+    return view_of(finished.context)
 
 
 @partial(jax.jit, static_argnames=("static",))
 def _logits(static, params, pages, rows):
-    return steps.advance(nnx.merge(static.graph, params), pages, rows, None, static)
+    return steps.advance(static.skeleton.merge(params), pages, rows, None, static)
 
 
 def logits_of(stage: ContextStage, job: Job, ids: Sequence[int]) -> np.ndarray:
@@ -74,7 +92,7 @@ def logits_of(stage: ContextStage, job: Job, ids: Sequence[int]) -> np.ndarray:
     for token in ids:
         sequence.tail[-1] = int(token)
         rows, _ = rows_of([job], 1, stage.table_width)
-        out, stage.pages = _logits(static, stage.weights.params, stage.pages, rows)
+        out, stage.pages = _logits(static, stage.weights.arrays, stage.pages, rows)
         logits.append(np.asarray(out[0]))
         sequence.computed += 1
         sequence.tail.append(0)
@@ -83,7 +101,8 @@ def logits_of(stage: ContextStage, job: Job, ids: Sequence[int]) -> np.ndarray:
 
 def cache_of(stage: ContextStage, job: Job, length: int) -> KV:
     """The first tokens of a job's context, `[L, length, K, E]`."""
-    return jax.tree.map(lambda x: np.asarray(x[:, :length]), stage.dense(job.sequences[0].pages, length))
+    cache = to_dense(stage.pages, np.asarray(job.sequences[0].pages))
+    return KV(*(np.asarray(x[:, :length]) for x in cache))
 
 
 def poison(stage: ContextStage) -> None:

@@ -15,20 +15,10 @@ from bagel_jax.ar.jobs import Job
 from bagel_jax.ar.sampling import Sampling
 from bagel_jax.ar.scheduler import MAX_TEXTS, TEXT_BESIDE_IMAGE, StepPlan
 from bagel_jax.ar.steps import Chunk, Rows
+from bagel_jax.buckets import power_of_two
 
 _LEAST_TEXT = 16
 _COPIES = 8
-
-
-def bucket(length: int, least: int = 16) -> int:
-    """A length padded to one of few: at most an eighth more, and at least `least`."""
-    unit = max(least, 2 ** max(0, length.bit_length() - 4))
-    return max(least, -(-length // unit) * unit)
-
-
-def power_of_two(count: int, least: int = 1) -> int:
-    """The smallest power of two that is not less than `count` and `least`."""
-    return max(least, 1 << max(0, count - 1).bit_length())
 
 
 def _table(pages: Sequence[Sequence[int]], size: int, width: int) -> np.ndarray:
@@ -95,7 +85,14 @@ def chunk_of(plan: StepPlan, image, page_size: int, width: int) -> Chunk:
 
 
 def copies_of(copies: Sequence[tuple[int, int]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Pages to copy, source and target, in groups of one size, padded with page 0 onto itself."""
+    """Pages to copy, source and target, in groups of one size, padded with page 0 onto itself.
+
+    A copy of a copy is made from the first one's source, since all of a group are read before any is written.
+    """
+    origin: dict[int, int] = {}
+    for source, target in copies:
+        origin[target] = origin.get(source, source)
+    copies = [(source, target) for target, source in origin.items()]
     for start in range(0, len(copies), _COPIES):
         group = copies[start : start + _COPIES]
         padded = np.zeros((_COPIES, 2), np.int32)

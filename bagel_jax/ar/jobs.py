@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from bagel_jax.ar.prefix_cache import Hasher
+from bagel_jax.clock import Span
 from bagel_jax.inputs.plan import Placed, Text, View
 from bagel_jax.inputs.prepare import Prepared
 
@@ -80,7 +81,7 @@ class Statistics:
     decoded_tokens: int = 0
     preemptions: int = 0
     time_to_first_token: float | None = None
-    spans: list[tuple[str, float, float]] = field(default_factory=list)  # phase, start and end by perf_counter
+    spans: list[Span] = field(default_factory=list)
 
 
 @dataclass(eq=False)
@@ -94,6 +95,7 @@ class Job:
     stats: Statistics
     ids: list[int] | None = None  # decoded, once decoding is over
     phase_start: float = 0.0
+    suspect: bool = False  # was in work when the device failed, so it goes on alone
 
     @classmethod
     def create(cls, prepared: Prepared, decoding: Decoding | None, im_start: int) -> Job:
@@ -135,5 +137,5 @@ class Job:
     def end_phase(self, name: str) -> None:
         """Notes that a phase has ended now and the next one begins."""
         now = time.perf_counter()
-        self.stats.spans.append((name, self.phase_start, now))
+        self.stats.spans.append(Span.here(name, self.phase_start, now))
         self.phase_start = now

@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bagel_jax.ar.pool import PagePool
 from bagel_jax.inputs.plan import Segment, Text, VaeImage
 from bagel_jax.inputs.prepare import Prepared
+from bagel_jax.pool import PagePool
 
 
 def _digest(*parts: bytes | np.ndarray) -> bytes:

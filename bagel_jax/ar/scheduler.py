@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from bagel_jax.ar.jobs import Job, Sequence
-from bagel_jax.ar.pool import PagePool
 from bagel_jax.ar.prefix_cache import PrefixCache
 from bagel_jax.inputs.plan import Text, VaeImage, VitImage
+from bagel_jax.pool import PagePool
 from bagel_jax.settings import ServingSettings
 
 # Texts beside a picture's block, and sequences with text to prefill, in one step: few, so that there are few programs.
@@ -78,10 +79,9 @@ class Scheduler:
 
     def release(self, job: Job) -> None:
         """Gives back all pages of a job and forgets it."""
-        if job in self.running:
-            self.running.remove(job)
-        else:
-            self.waiting.remove(job)
+        for jobs in (self.running, self.waiting):
+            if job in jobs:
+                jobs.remove(job)
         self._release_pages(job)
 
     def computed(self, sequence: Sequence, end: int) -> None:
@@ -126,7 +126,8 @@ class Scheduler:
             sequence.reset()
 
     def _admit(self, copies) -> None:
-        while self.waiting and len(self.running) < self.settings.max_num_seqs:
+        suspects = any(job.suspect for job in (*self.running, *self.waiting))
+        while self.waiting and len(self.running) < (1 if suspects else self.settings.ar_max_num_seqs):
             job = self.waiting[0]
             if self._in_work(job) or not self._start(job, copies):
                 break
@@ -218,6 +219,15 @@ class Scheduler:
         self.waiting.appendleft(job)
         job.stats.preemptions += 1
         job.end_phase("preempted")
+
+    def start_over(self, ready: Iterable[Job]) -> None:
+        """Everything that was computed is lost, that of finished jobs too: all wait again, in order of arrival."""
+        jobs = [*ready, *self.running, *self.waiting]
+        self.cache.clear()
+        for job in jobs:
+            self._release_pages(job)
+        self.running.clear()
+        self.waiting = deque(sorted(jobs, key=lambda job: job.stats.submitted))
 
     def _prefill(self, budget: int, copies) -> tuple[list[Piece], Image | None]:
         whole_budget = budget

@@ -10,19 +10,19 @@ import jax
 import numpy as np
 
 from bagel_jax.ar import steps
-from bagel_jax.ar.batch import bucket, chunk_of, copies_of, power_of_two, rows_of
+from bagel_jax.ar.batch import chunk_of, copies_of, rows_of
 from bagel_jax.ar.jobs import Decoding, Job, Statistics
-from bagel_jax.ar.pool import PagePool, choose_num_pages
 from bagel_jax.ar.scheduler import Image, Scheduler, StepPlan
+from bagel_jax.buckets import bucket, power_of_two
 from bagel_jax.errors import InputError
-from bagel_jax.handoff import ContextKV, hand_over
+from bagel_jax.handoff import ContextKV, Failed, branches, tables
 from bagel_jax.inputs.plan import Placed, Text, VaeImage, View
 from bagel_jax.inputs.prepare import Prepared, latent_positions, vit_positions
 from bagel_jax.inputs.tokenizer import Tokenizer
-from bagel_jax.models.attention import KV
 from bagel_jax.models.weights import Weights
 from bagel_jax.pallas.paged_attention.api import BACKENDS
 from bagel_jax.pallas.paged_attention.pages import empty_pages
+from bagel_jax.pool import PagePool, choose_num_pages
 from bagel_jax.settings import ServingSettings, attention_backend
 
 # Tokens of one context at most; the width of page tables, which every step carries, follows from it.
@@ -40,20 +40,14 @@ class Tokens:
 
 @dataclass(frozen=True)
 class Finished:
-    """A request has left the stage."""
+    """All contexts of a request are there and all its tokens decoded.
+
+    One that makes a picture keeps its pages until its context is taken (`ContextStage.take`); any other has left.
+    """
 
     request_id: str
     ids: list[int] | None  # decoded, `<|im_start|>` first and the end token not among them; None: nothing was
-    context: ContextKV | None  # where a picture is to be made
     stats: Statistics
-
-
-@dataclass(frozen=True)
-class Failed:
-    """A request had to be given up."""
-
-    request_id: str
-    error: str
 
 
 Event = Tokens | Finished | Failed
@@ -74,24 +68,25 @@ class ContextStage:
     """
 
     def __init__(self, weights: Weights, config, dtype, tokenizer: Tokenizer, settings: ServingSettings | None = None):
-        self.weights, self.config, self.tokenizer = weights, config, tokenizer
+        self.weights, self.config, self.dtype, self.tokenizer = weights, config, dtype, tokenizer
         self.settings = settings = settings or ServingSettings()
-        device = next(iter(jax.tree.leaves(weights.params)[0].devices()))
-        self.program = steps.Program(weights.graph, attention_backend(settings.attention, device.platform))
+        device = weights.device
+        self.program = steps.Program(weights.skeleton, attention_backend(settings.attention, device.platform))
         count = choose_num_pages(config, settings, dtype, device)
         self.table_width = min(count - 1, -(-MAX_CONTEXT // settings.page_size))
         self.scheduler = Scheduler(PagePool(count), settings, (tokenizer.vision_start, tokenizer.vision_end))
-        c = config.trunk
-        shape = c.num_layers, count, c.num_kv_heads, settings.page_size, c.head_dim
+        self.pages = self._empty_pages()
         if settings.attention == "pallas":
+            c = config.trunk
             q = jax.ShapeDtypeStruct((1, c.num_heads, c.head_dim), dtype)
-            if not BACKENDS[self.program.backend].supports(q, jax.eval_shape(lambda: empty_pages(*shape, dtype))):
+            if not BACKENDS[self.program.backend].supports(q, self.pages):
                 raise InputError(
                     f"attention is 'pallas', whose {device.platform} kernel takes no heads of width {c.head_dim} in "
                     f"{np.dtype(dtype)} over pages of {settings.page_size}; give auto, which leaves them to XLA"
                 )
-        self.pages = weights.place(empty_pages(*shape, dtype))
         self.end_token = tokenizer.im_end
+        self.stalled = False  # whether the last step had nothing to do but wait for pages
+        self._ready: dict[str, Job] = {}  # finished, with contexts that nobody has taken yet
         self._copy([(0, 0)])  # compiled now: the first request may not need it, and the next one should compile nothing
 
     @property
@@ -114,17 +109,59 @@ class ContextStage:
             raise InputError(reason)
         self.scheduler.waiting.append(job)
 
+    def pages_needed(self, request_id: str) -> int:
+        """Pages that the contexts of a request in work may need, its text included."""
+        return next(self.scheduler.pages_needed(job) for job in self._jobs() if job.request_id == request_id)
+
     def cancel(self, request_id: str) -> bool:
         """Drops a request and frees its pages; False if it is not there (any more)."""
         for job in self._jobs():
             if job.request_id == request_id:
-                self.scheduler.release(job)
+                self._release(job)
                 return True
         return False
 
+    def take(self, request_id: str) -> ContextKV:
+        """The context of a request that has finished; its pages here are free from now on."""
+        job = self._ready[request_id]
+        plan, prepared = job.prepared.plan, job.prepared
+        views, text_view, img_view = branches(job.main, plan.text, plan.img)
+        size = self.settings.page_size
+        own, table = tables([job.sequences[view.cache].pages[: -(-view.length // size)] for view in views])
+        numbers = np.zeros(bucket(max(1, len(own)), 1), np.int32)
+        numbers[: len(own)] = own
+        pages = steps.take_pages(self.pages, numbers)
+        self._release(job)
+        length, rope = (np.asarray([getattr(v, name) for v in views], np.int32) for name in ("length", "rope"))
+        return ContextKV(pages, table, length, rope, request_id, prepared.image_size, text_view, img_view)
+
+    def pages_ready(self, request_id: str) -> int | None:
+        """Pages that a finished request's context has; None if it is not there (yet)."""
+        job = self._ready.get(request_id)
+        return None if job is None else len({page for sequence in job.sequences for page in sequence.pages})
+
     def step(self) -> list[Event]:
-        """Computes one step; returns what has come of it."""
+        """Computes one step; returns what has come of it.
+
+        Where the device fails with several requests in the step, all begin again, those one by one, so that only whose
+        fault it is fails.
+        """
         plan = self.scheduler.plan(_TOKENS_A_CALL)
+        self.stalled = not (plan.rows or plan.pieces)
+        try:
+            events = self._compute(plan)
+        except Exception as error:  # a device fails in any way it likes
+            return self._begin_again(plan, error)
+        for job in [job for job in self.scheduler.running if job.finished]:
+            if job.prepared.request.makes_picture:
+                self.scheduler.running.remove(job)
+                self._ready[job.request_id] = job
+            else:
+                self._release(job)
+            events.append(Finished(job.request_id, job.ids, job.stats))
+        return events
+
+    def _compute(self, plan: StepPlan) -> list[Event]:
         self._copy(plan.copies)
         chosen = self._dispatch(plan)
         for piece in plan.pieces:
@@ -140,12 +177,33 @@ class ContextStage:
         if chosen is not None:
             for job, tokens in zip(plan.rows, np.asarray(chosen)[: len(plan.rows), : plan.tokens], strict=True):
                 events += self._decoded(job, tokens.tolist())
-        for job in [job for job in self.scheduler.running if job.finished]:
-            events.append(self._finish(job))
         return events
 
+    def _begin_again(self, plan: StepPlan, error: Exception) -> list[Event]:
+        """After a failure, in which the pages were lost: everybody's contexts are computed anew."""
+        self.pages = self._empty_pages()
+        involved = list(dict.fromkeys([*plan.rows, *(piece.job for piece in plan.pieces)]))
+        self.scheduler.start_over(self._ready.values())
+        self._ready.clear()
+        if len(involved) > 1:
+            for job in involved:
+                job.suspect = True
+            return []
+        for job in involved:
+            self._release(job)
+        return [Failed(job.request_id, error) for job in involved]
+
+    def _empty_pages(self) -> jax.Array:
+        c = self.config.trunk
+        shape = c.num_layers, self.scheduler.pool.num_pages + 1, c.num_kv_heads, self.settings.page_size, c.head_dim
+        return self.weights.place(empty_pages(*shape, self.dtype))
+
     def _jobs(self) -> list[Job]:
-        return [*self.scheduler.running, *self.scheduler.waiting]
+        return [*self.scheduler.running, *self.scheduler.waiting, *self._ready.values()]
+
+    def _release(self, job: Job) -> None:
+        self._ready.pop(job.request_id, None)
+        self.scheduler.release(job)
 
     def _decoding(self, request) -> Decoding | None:
         if request.makes_picture and not request.think:
@@ -175,25 +233,25 @@ class ContextStage:
 
     def _dispatch(self, plan: StepPlan):
         """Starts the step's program; returns the tokens chosen, `[R, tokens]`, or None where no row decodes."""
-        static, params, settings = self.program, self.weights.params, self.settings
+        static, arrays, settings = self.program, self.weights.arrays, self.settings
         rows = chunk = None
         if plan.pieces:
             image = None if plan.image is None else self._embed(plan.image)
             static = static._replace(latents=plan.image is not None and isinstance(plan.image.segment, VaeImage))
             chunk = chunk_of(plan, image, settings.page_size, self.table_width)
         if plan.rows:
-            size = settings.max_num_seqs if plan.pieces else power_of_two(len(plan.rows))
+            size = settings.ar_max_num_seqs if plan.pieces else power_of_two(len(plan.rows))
             rows, sampling = rows_of(plan.rows, size, self.table_width)
         if rows is None and chunk is None:
             return None
         if rows is None:
-            self.pages = steps.prefill(static, params, self.pages, chunk)
+            self.pages = steps.prefill(static, arrays, self.pages, chunk)
             return None
         if chunk is None:
             ends = np.int32(self.end_token), np.int32(plan.tokens)
-            chosen, self.pages = steps.decode(static, params, self.pages, rows, sampling, *ends)
+            chosen, self.pages = steps.decode(static, arrays, self.pages, rows, sampling, *ends)
         else:
-            chosen, self.pages = steps.mixed(static, params, self.pages, rows, chunk, sampling)
+            chosen, self.pages = steps.mixed(static, arrays, self.pages, rows, chunk, sampling)
         return chosen
 
     def _copy(self, copies: Sequence[tuple[int, int]]) -> None:
@@ -204,7 +262,7 @@ class ContextStage:
         """A picture's block between its markers, `[N, D]`, padded."""
         prepared, segment = image.job.prepared, image.segment
         picture = prepared.pictures[segment.picture]
-        model = self.weights.graph, self.weights.params
+        model = self.weights.skeleton, self.weights.arrays
         count = segment.num_tokens - 2
         if isinstance(segment, VaeImage):
             noise = prepared.posterior_noise[segment.picture]
@@ -243,29 +301,8 @@ class ContextStage:
         job.main = View(0, sequence.length, sequence.rope)
         reason = self._too_long(job)
         if reason is not None:
-            self.scheduler.release(job)
-            return [Failed(job.request_id, reason)]
+            self._release(job)
+            return [Failed(job.request_id, InputError(reason))]
         if not self.scheduler.grow(sequence, sequence.length):
             self.scheduler.preempt(job)
         return []
-
-    def _finish(self, job: Job) -> Finished:
-        context = None
-        if job.prepared.request.makes_picture:
-            plan = job.prepared.plan
-            views = job.main, plan.text, plan.img
-            longest: dict[int, int] = {}
-            for view in views:
-                longest[view.cache] = max(longest.get(view.cache, 0), view.length)
-            caches = {i: self.dense(job.sequences[i].pages, length) for i, length in longest.items()}
-            context = hand_over(caches, *views)
-        self.scheduler.release(job)
-        return Finished(job.request_id, job.ids, context, job.stats)
-
-    def dense(self, pages: Sequence[int], length: int) -> KV:
-        """The first `length` tokens of a sequence as a cache `[L, S, K, E]`, S a bucket."""
-        capacity = bucket(max(length, 1), 64)
-        numbers = np.zeros(-(-capacity // self.settings.page_size), np.int32)
-        own = pages[: -(-length // self.settings.page_size)]
-        numbers[: len(own)] = own
-        return steps.dense(self.pages, numbers, capacity)

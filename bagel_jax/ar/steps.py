@@ -13,17 +13,16 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from bagel_jax.ar.sampling import Sampling, choose
-from bagel_jax.models.attention import KV
 from bagel_jax.models.bagel import BagelModel
 from bagel_jax.models.mot import Block
+from bagel_jax.models.weights import Skeleton
 from bagel_jax.pallas.paged_attention import pages as layout
 from bagel_jax.pallas.paged_attention.api import paged_attention, paged_decode
 
 # Decoding steps of one call at most, where nothing else is to be done.
-MAX_CALL = 8
+MAX_CALL = 16
 
 
 class Rows(NamedTuple):
@@ -54,7 +53,7 @@ class Chunk(NamedTuple):
 class Program(NamedTuple):
     """What is static in a step."""
 
-    graph: nnx.GraphDef
+    skeleton: Skeleton
     backend: str  # of attention
     latents: bool = False  # the picture's tokens are latents, for the generation expert
 
@@ -94,31 +93,31 @@ def advance(model: BagelModel, pages, rows: Rows | None, chunk: Chunk | None, st
             outs.append(paged_attention(q[num_rows:], pages, layer, *where, backend=static.backend))
         return jnp.concatenate(outs), pages
 
-    out, pages = model.trunk.paged(x, rope, pages, attention)
-    return (None if rows is None else model.trunk.logits(out.und[:num_rows])), pages
+    out, pages = model.trunk(x, rope, attention, pages)
+    return (None if rows is None else model.trunk.logits(model.trunk.norm(out.und[:num_rows]))), pages
 
 
 @program
-def prefill(static: Program, params, pages, chunk: Chunk) -> jax.Array:
+def prefill(static: Program, arrays, pages, chunk: Chunk) -> jax.Array:
     """Writes the keys and values of a chunk; returns the pages."""
-    return advance(nnx.merge(static.graph, params), pages, None, chunk, static)[1]
+    return advance(static.skeleton.merge(arrays), pages, None, chunk, static)[1]
 
 
 @program
-def mixed(static: Program, params, pages, rows: Rows, chunk: Chunk, sampling: Sampling):
+def mixed(static: Program, arrays, pages, rows: Rows, chunk: Chunk, sampling: Sampling):
     """One token for each row, and a chunk; returns the tokens chosen next, `[R, 1]`, and the pages."""
-    logits, pages = advance(nnx.merge(static.graph, params), pages, rows, chunk, static)
+    logits, pages = advance(static.skeleton.merge(arrays), pages, rows, chunk, static)
     return choose(logits, rows.count, sampling)[:, None], pages
 
 
 @program
-def decode(static: Program, params, pages, rows: Rows, sampling: Sampling, end_token, steps):
+def decode(static: Program, arrays, pages, rows: Rows, sampling: Sampling, end_token, steps):
     """Feeds `steps` tokens to each row, fewer where it meets the end token or its limit.
 
     Source: official `generate_text`; so `<|im_start|>`, with which decoding begins, counts as one of the tokens.
 
     Args:
-        static, params, pages: model and KV.
+        static, arrays, pages: model and KV.
         rows: see `Rows`; the page table must hold pages for `steps` tokens more.
         sampling: see `Sampling`.
         end_token: scalar.
@@ -127,7 +126,7 @@ def decode(static: Program, params, pages, rows: Rows, sampling: Sampling, end_t
     Returns:
         The tokens chosen, `[R, MAX_CALL]`, of which each row's are valid up to where it ended, and the pages.
     """
-    model = nnx.merge(static.graph, params)
+    model = static.skeleton.merge(arrays)
 
     def step(carry):
         i, rows, chosen, pages = carry
@@ -150,24 +149,24 @@ def decode(static: Program, params, pages, rows: Rows, sampling: Sampling, end_t
     return chosen, pages
 
 
-@partial(jax.jit, static_argnames=("graph",))
-def embed_vit(graph, params, patches, position_ids, length) -> jax.Array:
+@partial(jax.jit, static_argnames=("skeleton",))
+def embed_vit(skeleton, arrays, patches, position_ids, length) -> jax.Array:
     """A picture's patches `[N, patch patch 3]` -> trunk inputs `[N, D]`; `length` of the N are real."""
-    return nnx.merge(graph, params).embed_vit(patches, position_ids, length)
+    return skeleton.merge(arrays).embed_vit(patches, position_ids, length)
 
 
-@partial(jax.jit, static_argnames=("graph", "size"))
-def embed_vae(graph, params, pixels, noise, position_ids, size: int) -> jax.Array:
+@partial(jax.jit, static_argnames=("skeleton", "size"))
+def embed_vae(skeleton, arrays, pixels, noise, position_ids, size: int) -> jax.Array:
     """A picture's pixels `[H, W, 3]` in [-1, 1] -> its clean latent tokens as trunk inputs, padded to `[size, D]`.
 
     Args:
-        graph, params: the model.
+        skeleton, arrays: the model.
         pixels: the picture.
         noise: `[h, w, C]`, for the posterior sample.
         position_ids: `[N]`.
         size: at least N.
     """
-    model = nnx.merge(graph, params)
+    model = skeleton.merge(arrays)
     tokens = model.patchify_latents(model.autoencoder.encode(pixels[None], noise[None])[0])
     x = model.embed_latents(tokens[None], jnp.zeros((1, 1)), position_ids)[0]
     return jnp.pad(x, ((0, size - x.shape[0]), (0, 0)))
@@ -179,7 +178,7 @@ def copy_pages(pages, source, target) -> jax.Array:
     return layout.copy_pages(pages, source, target)
 
 
-@partial(jax.jit, static_argnames=("capacity",))
-def dense(pages, numbers, capacity: int) -> KV:
-    """The first `capacity` tokens of the pages `numbers` `[n]`, `[L, capacity, K, E]`."""
-    return KV(*(x[:, :capacity] for x in layout.to_dense(pages, numbers)))
+@jax.jit
+def take_pages(pages, numbers) -> jax.Array:
+    """The pages `numbers` `[n]` in all layers, `[L, n, K, 2, page, E]`."""
+    return pages[:, numbers]

@@ -6,11 +6,13 @@ import dataclasses
 
 import numpy as np
 import pytest
-from serving import poison, prefilled, serve
+from dense import view_of
+from serving import Served, poison, prefilled, serve
 from small import model, new_stage, picture
 
-from bagel_jax.ar.stage import ContextStage, Failed, Finished
+from bagel_jax.ar.stage import ContextStage, Finished
 from bagel_jax.errors import InputError
+from bagel_jax.handoff import Failed
 from bagel_jax.inputs.plan import PictureGrids, Text, contexts, plan
 from bagel_jax.request import Request
 
@@ -52,18 +54,19 @@ def random_request(generator, i: int, longest: int):
     return dataclasses.replace(made, plan=plan(contexts(inputs, system=system)))
 
 
-def same(ours: Finished, theirs: Finished) -> None:
-    assert isinstance(ours, Finished), ours
+def same(ours: Served, theirs: Served) -> None:
+    assert isinstance(ours, Served), ours
     assert ours.ids == theirs.ids
     if theirs.context is None:
         assert ours.context is None
         return
     np.testing.assert_array_equal(ours.context.length, theirs.context.length)
     np.testing.assert_array_equal(ours.context.rope, theirs.context.rope)
-    assert ours.context.rows == theirs.context.rows
-    for row, length in zip(theirs.context.rows, np.asarray(theirs.context.length).tolist(), strict=True):
-        for x, y in zip(ours.context.caches[row], theirs.context.caches[row], strict=True):
-            np.testing.assert_allclose(x[:, :length], y[:, :length], rtol=2e-4, atol=2e-4)
+    about = [(c.request_id, c.image_shape, c.text_view, c.img_view) for c in (ours.context, theirs.context)]
+    assert about[0] == about[1]
+    for view in range(len(theirs.context.length)):
+        for x, y in zip(view_of(ours.context, view), view_of(theirs.context, view), strict=True):
+            np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-4)
 
 
 def nothing_lost(stage: ContextStage) -> None:
@@ -72,7 +75,7 @@ def nothing_lost(stage: ContextStage) -> None:
     assert stage.scheduler.pool.num_free == stage.scheduler.pool.num_pages
 
 
-def check(count: int, longest: int, seed: int, **settings) -> dict[str, Finished | Failed]:
+def check(count: int, longest: int, seed: int, **settings) -> dict[str, Served | Failed]:
     """Random requests together, against each alone."""
     generator = np.random.default_rng(seed)
     requests = [random_request(generator, i, longest) for i in range(count)]
@@ -91,9 +94,9 @@ def check(count: int, longest: int, seed: int, **settings) -> dict[str, Finished
 @pytest.mark.parametrize(
     "settings",
     [
-        {"num_pages": 66, "max_num_seqs": 8, "page_size": 16, "max_num_batched_tokens": 64},
-        pytest.param({"num_pages": 24, "max_num_seqs": 5, "max_num_batched_tokens": 200}, marks=pytest.mark.slow),
-        pytest.param({"num_pages": 24, "max_num_seqs": 8, "prefix_cache": False}, marks=pytest.mark.slow),
+        {"num_pages": 66, "ar_max_num_seqs": 8, "page_size": 16, "max_num_batched_tokens": 64},
+        pytest.param({"num_pages": 24, "ar_max_num_seqs": 5, "max_num_batched_tokens": 200}, marks=pytest.mark.slow),
+        pytest.param({"num_pages": 24, "ar_max_num_seqs": 8, "prefix_cache": False}, marks=pytest.mark.slow),
     ],
     ids=["small pages", "usual", "no prefix cache"],
 )
@@ -105,7 +108,7 @@ def test_regressions_1_7_32_few_requests(settings):
 @pytest.mark.slow
 def test_regressions_1_7_32_many_requests():
     """The same, at length: 200 requests of up to 3,000 tokens a text through a pool too small for all."""
-    together = check(200, 3000, seed=1, num_pages=200, max_num_seqs=16, max_num_batched_tokens=1024)
+    together = check(200, 3000, seed=1, num_pages=200, ar_max_num_seqs=16, max_num_batched_tokens=1024)
     assert sum(event.stats.preemptions for event in together.values()) > 0
     assert sum(event.stats.cached_tokens for event in together.values()) > 0
 
@@ -151,7 +154,7 @@ def question(i: int, words: int = 30, **settings):
 @pytest.mark.parametrize("after", [0, 1, 2, 5])
 def test_a_cancelled_request_frees_its_pages(after):
     """Who hangs up keeps his pages for ever, or takes those of others along."""
-    stage = new_stage(num_pages=40, max_num_batched_tokens=32, max_num_seqs=2)
+    stage = new_stage(num_pages=40, max_num_batched_tokens=32, ar_max_num_seqs=2)
     made = [question(i, max_tokens=20) for i in range(4)]
     wanted = serve(new_stage(), *made)
     for one in made:
@@ -217,7 +220,7 @@ def test_preempted_requests_go_on_where_they_were():
 
 def test_short_answers_do_not_wait_for_long_prompts():
     """A long prompt holds up everybody who is decoding until all of it is prefilled."""
-    stage = new_stage(max_num_batched_tokens=32, max_num_seqs=4)
+    stage = new_stage(max_num_batched_tokens=32, ar_max_num_seqs=4)
     job = prefilled(stage, question(0, words=4, max_tokens=200))
     stage.submit(question(1, words=150, max_tokens=2))
     for _ in range(6):

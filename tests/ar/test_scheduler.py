@@ -10,11 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small import model, new_stage, picture
 
-from bagel_jax.ar.batch import bucket, copies_of, power_of_two
+from bagel_jax.ar.batch import copies_of
 from bagel_jax.ar.jobs import Decoding, Job
-from bagel_jax.ar.pool import PagePool
 from bagel_jax.ar.scheduler import MAX_TEXTS, TEXT_BESIDE_IMAGE, Scheduler
+from bagel_jax.buckets import bucket, power_of_two
 from bagel_jax.inputs.plan import PictureGrids, Text, VaeImage, VitImage, contexts, plan
+from bagel_jax.pool import PagePool
 from bagel_jax.request import Request
 from bagel_jax.settings import ServingSettings
 
@@ -51,7 +52,7 @@ def jobs_of(prepared, prompts, decode) -> list[Job]:
 def test_regression_24_steps_are_sound(prepared, prompts, decode, budget, page_size, num_pages):
     """A chunk ends inside a picture's block, a step passes its budget, a token is computed twice or never."""
     serving = ServingSettings(
-        max_num_seqs=4, max_num_batched_tokens=budget, page_size=page_size, num_pages=num_pages, prefix_cache=False
+        ar_max_num_seqs=4, max_num_batched_tokens=budget, page_size=page_size, num_pages=num_pages, prefix_cache=False
     )
     scheduler = Scheduler(PagePool(num_pages), serving, MARKERS)
     jobs = [job for job in jobs_of(prepared, prompts, decode) if scheduler.pages_needed(job) < num_pages]
@@ -184,6 +185,12 @@ def test_copies_come_in_groups():
     pairs = np.concatenate([np.stack(group, axis=1) for group in groups])
     assert [tuple(p) for p in pairs.tolist() if tuple(p) != (0, 0)] == wanted
     assert list(copies_of([])) == []
+
+
+def test_a_copy_of_a_copy_is_of_the_first_page():
+    """All pages of a group are read before any is written: a guidance context would begin in what was there before."""
+    ((source, target),) = copies_of([(5, 7), (7, 9), (9, 11), (3, 4)])
+    assert list(zip(source.tolist(), target.tolist(), strict=True))[:4] == [(5, 7), (5, 9), (5, 11), (3, 4)]
 
 
 @pytest.mark.parametrize("block", [VitImage(0, 70, 70), VaeImage(0, 64, 64)])

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
 import numpy as np
 import pytest
+from dense import view_of
 from serving import cache_of, context_of, logits_of, poison, prefilled, serve, with_segments
 from small import CONFIG, model, new_stage, picture
 
@@ -107,7 +107,7 @@ def test_regression_29_padded_prompt_tokens_are_not_attended():
     stage.submit(question())
     plan = stage.scheduler.plan()
     (piece,) = plan.pieces
-    count, params = len(piece.tokens), stage.weights.params
+    count, arrays = len(piece.tokens), stage.weights.arrays
     chunk = chunk_of(plan, None, stage.settings.page_size, stage.table_width)
     assert len(chunk.ids) > count
     caches = []
@@ -124,8 +124,8 @@ def test_regression_29_padded_prompt_tokens_are_not_attended():
             kv_end=padded(chunk.kv_end, 0),
             offsets=np.where(chunk.offsets == len(chunk.ids), len(chunk.ids) + more, chunk.offsets),
         )
-        stage.pages = steps.prefill(stage.program, params, stage.pages, wider)
-        caches.append(stage.dense(piece.sequence.pages, count))
+        stage.pages = steps.prefill(stage.program, arrays, stage.pages, wider)
+        caches.append(cache_of(stage, piece.job, count))
     for other in caches[1:]:
         close(caches[0], other, count)
 
@@ -154,7 +154,7 @@ def test_a_text_is_the_same_in_one_piece_or_several(edit):
     long = IDS * 12
     whole = context_of(new_stage(), edit, [Text(long)])
     for budget in (16, 37, 107):
-        pieces = new_stage(max_num_batched_tokens=budget, max_num_seqs=8)
+        pieces = new_stage(max_num_batched_tokens=budget, ar_max_num_seqs=8)
         close(context_of(pieces, edit, [Text(long)]), whole)
 
 
@@ -164,7 +164,7 @@ def test_shared_prefix_equals_a_cache_of_its_own(page_size):
     made = model().prepare(Request.create("img2img", inputs=["a red", picture(), "a blue clock"]))
     assert made.plan.builds[1].copy_from == 0
     (finished,) = serve(new_stage(page_size=page_size), made).values()
-    main, img = finished.context.caches
+    main, img = (view_of(finished.context, view) for view in (0, finished.context.img_view))
     texts = [p.segment for p in made.plan.builds[0].compute if isinstance(p.segment, Text)]
     close(img, context_of(new_stage(), made, texts), made.plan.img.length)
     close(main, context_of(new_stage(), made, [p.segment for p in made.plan.builds[0].compute]), made.plan.main.length)
@@ -173,7 +173,7 @@ def test_shared_prefix_equals_a_cache_of_its_own(page_size):
 def test_regression_9_length_advances_once_a_token(stage, edit):
     """Decoding moves on by as many positions a token as there are layers."""
     assert CONFIG.trunk.num_layers == 2
-    job = prefilled(stage, question(max_tokens=30))
+    job = prefilled(stage, question(max_tokens=4 * steps.MAX_CALL))
     length = job.sequences[0].length
     lengths = []
     for _ in range(3):
@@ -220,11 +220,11 @@ def test_limits_hold_for_any_number_of_tokens(monkeypatch):
 
 
 def test_the_first_token_does_not_wait_for_others():
-    """A stream starts with eight tokens at once."""
+    """A stream starts with many tokens at once."""
     stage = new_stage()
     prefilled(stage, question(max_tokens=19))
     assert [len(event.ids) for event in stage.step()] == [1]
-    assert [len(event.ids) for event in stage.step()] == [8]
+    assert [len(event.ids) for event in stage.step()] == [steps.MAX_CALL]
 
 
 def test_sampling_depends_on_the_seed_alone(monkeypatch):
@@ -243,14 +243,20 @@ def test_sampling_depends_on_the_seed_alone(monkeypatch):
     assert answer(stage, **hot, top_p=1e-6, seed=9) == greedy
 
 
-def test_dense_contexts_hold_what_pages_do(stage, edit):
-    """A context is handed over shorter than it is, or with all the room that decoding needed."""
+def test_contexts_hold_what_pages_do(edit):
+    """A context is handed over shorter than it is, or with all the room that decoding needed, or it changes later."""
+    stage = new_stage(prefix_cache=False)
     ids = tuple(np.random.RandomState(0).randint(0, 700, 300).tolist())
     for length in (1, 64, 65, 300):
         (finished,) = serve(stage, with_segments(edit, [Text(ids[:length])])).values()
-        cache = finished.context.caches[0]
-        assert length <= cache.k.shape[1] <= max(64, length * 9 / 8 + 64)
-        close(jax.tree.map(lambda x, n=length: x[:, :n], cache), context_of(new_stage(), edit, [Text(ids[:length])]))
+        context = finished.context
+        assert context.num_pages == -(-length // 64)
+        assert context.num_pages <= context.pages.shape[1] <= context.num_pages * 9 / 8
+        poison(stage)  # whoever comes next
+        close(view_of(context), context_of(new_stage(), edit, [Text(ids[:length])]))
+    made = model().prepare(Request.create("text2img", "a red bench", think=True, max_think_tokens=300))
+    (finished,) = serve(new_stage(), made).values()
+    assert finished.context.num_pages == -(-int(finished.context.length.max()) // 64)
 
 
 def test_pallas_that_takes_no_such_model():

@@ -66,6 +66,12 @@ class PagePool:
         self._num_free += len(freed)
 
 
+def context_pages(config: BagelConfig, page_size: int) -> int:
+    """Pages of the largest context that counts when pages are counted automatically: an edit of the largest picture."""
+    picture = (config.max_latent_size**2 + 2) + (config.max_vit_patches**2 + 2)
+    return -(-(picture + _TEXT_TOKENS) // page_size)
+
+
 def page_bytes(config: BagelConfig, page_size: int, dtype) -> int:
     """Bytes of one page in all layers."""
     c = config.trunk
@@ -75,15 +81,14 @@ def page_bytes(config: BagelConfig, page_size: int, dtype) -> int:
 def choose_num_pages(config: BagelConfig, settings: ServingSettings, dtype, device: jax.Device) -> int:
     """The number of pages that the settings give, or else one that suits the device, page 0 included.
 
-    That is enough for as many of the largest contexts as may be in work at once, or what memory allows. The largest
-    context that counts here is one edit of the largest picture. On a TPU or GPU, pages may take 60 % of what the
-    weights have left, so that there is room for stage 1; on a CPU a quarter of the machine's memory.
+    That is enough for as many of the largest contexts as may be in work at once, or what memory allows. On a TPU or
+    GPU, pages may take 60 % of what the weights have left, so that there is room for stage 1; on a CPU a quarter of the
+    machine's memory.
 
     Raises:
         InputError: there is no memory for so many pages, or not even for one.
     """
-    picture = (config.max_latent_size**2 + 2) + (config.max_vit_patches**2 + 2)
-    wanted = settings.max_num_seqs * -(-(picture + _TEXT_TOKENS) // settings.page_size) + 1
+    wanted = settings.ar_max_num_seqs * context_pages(config, settings.page_size) + 1
     stats = device.memory_stats() or {}
     if "bytes_limit" in stats:
         budget = int(0.6 * (stats["bytes_limit"] - stats["bytes_in_use"]))

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small import CONFIG
 
-from bagel_jax.ar.pool import PagePool, choose_num_pages, page_bytes
 from bagel_jax.errors import InputError
+from bagel_jax.pool import PagePool, choose_num_pages, page_bytes
 from bagel_jax.settings import ServingSettings
 
 
@@ -68,7 +68,7 @@ def test_automatic_number_of_pages():
     """The pool takes all memory, or far more pages than requests can fill, or none at all without a word."""
     a_page = page_bytes(CONFIG, 64, jnp.float32)
     assert a_page == 2 * 2 * 2 * 64 * 8 * 4  # L, K, keys and values, page, E, bytes
-    settings = ServingSettings(max_num_seqs=4)
+    settings = ServingSettings(ar_max_num_seqs=4)
     assert choose_num_pages(CONFIG, settings, jnp.float32, Device(100 * a_page)) == 60
     # An edit of the largest picture, 66 + 18 tokens, and 2048 of text: 34 pages.
     assert choose_num_pages(CONFIG, settings, jnp.float32, Device(10**12)) == 4 * 34 + 1
