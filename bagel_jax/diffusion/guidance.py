@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from bagel_jax.request import RENORM_TYPES
+from bagel_jax.request import RENORM_TYPES, Settings
 
 
 class Guidance(NamedTuple):
@@ -22,24 +23,33 @@ class Guidance(NamedTuple):
     renorm_min: jax.Array
 
 
-def guidance(text_scale: float, img_scale: float, renorm_type: str, renorm_min: float) -> Guidance:
-    """`Guidance` from a request's settings."""
+def guidance(s: Settings) -> Guidance:
+    """`Guidance` from a request's settings; on the host."""
     return Guidance(
-        jnp.float32(text_scale),
-        jnp.float32(img_scale),
-        jnp.int32(RENORM_TYPES.index(renorm_type)),
-        jnp.float32(renorm_min),
+        np.float32(s.cfg_text_scale),
+        np.float32(s.cfg_img_scale),
+        np.int32(RENORM_TYPES.index(s.cfg_renorm_type)),
+        np.float32(s.cfg_renorm_min),
     )
+
+
+def branches_on(s: Settings, guided: bool) -> tuple[bool, bool]:
+    """Whether the branches without the last text and without pictures are on at a step in or out of the interval.
+
+    Without guidance by text the official code guides nothing at all.
+    """
+    text = bool(guided) and s.cfg_text_scale > 1
+    return text, text and s.cfg_img_scale > 1
 
 
 def combine(main: jax.Array, text: jax.Array, img: jax.Array, g: Guidance) -> jax.Array:
     """The guided velocity of one request; its norms never see another request.
 
     Args:
-        main: velocity with the full context, `[N, C p²]`.
+        main: velocity with the full context, `[N, C p²]`, zero for tokens that are padding.
         text: without the last text.
         img: without pictures; not looked at where `img_scale` is off.
-        g: see `Guidance`; `text_scale` must be on, since without it the official code guides nothing at all.
+        g: see `Guidance`; `text_scale` must be on.
     """
 
     def by_image(v):

@@ -7,10 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bagel_jax.diffusion.guidance import combine, guidance
-from bagel_jax.request import RENORM_TYPES
+from bagel_jax.diffusion.guidance import branches_on, combine
+from bagel_jax.diffusion.guidance import guidance as guidance_of
+from bagel_jax.request import RENORM_TYPES, Settings
 
 compiled = jax.jit(combine)
+
+
+def settings(text_scale, img_scale, kind="global", renorm_min=0.0):
+    return Settings(cfg_text_scale=text_scale, cfg_img_scale=img_scale, cfg_renorm_type=kind, cfg_renorm_min=renorm_min)
+
+
+def guidance(*args):
+    return guidance_of(settings(*args))
 
 
 def velocities(seed=0, tokens=6, width=8):
@@ -101,13 +110,33 @@ def test_branch_without_pictures_is_not_looked_at():
             np.testing.assert_array_equal(poisoned, compiled(main, text, img, g))
 
 
+def test_branches_are_on_where_guidance_needs_them():
+    """A branch that counts is not computed; or one is that does not count, at the price of another evaluation."""
+    for text_scale, img_scale, guided, wanted in (
+        (4.0, 2.0, True, (True, True)),
+        (4.0, 2.0, False, (False, False)),
+        (4.0, 1.0, True, (True, False)),
+        (1.0, 2.0, True, (False, False)),  # officially nothing is guided without guidance by text
+        (0.0, 0.0, True, (False, False)),
+    ):
+        assert branches_on(settings(text_scale, img_scale), np.bool_(guided)) == wanted
+
+
+@pytest.mark.parametrize("kind", RENORM_TYPES)
+def test_padding_does_not_count(kind):
+    """A small picture beside a large one is padded, and its norms are taken over the padding too."""
+    g = guidance(4.0, 2.0, kind)
+    padded = [np.pad(v, ((0, 3), (0, 0))) for v in velocities()]
+    np.testing.assert_allclose(compiled(*padded, g)[:6], compiled(*velocities(), g), rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", RENORM_TYPES)
 def test_regression_13_norms_are_per_request(kind):
     """A picture depends on its neighbours in the batch: the norm is taken over all of them."""
     g = guidance(4.0, 2.0, kind, 0.0)
     requests = [velocities(seed=0), [100 * v for v in velocities(seed=1)]]
     batch = [jnp.stack(v) for v in zip(*requests, strict=True)]
-    together = jax.jit(jax.vmap(combine, (0, 0, 0, None)))(*batch, g)
+    together = jax.jit(jax.vmap(combine))(*batch, jax.tree.map(lambda x: np.stack([x, x]), g))
     for ours, request in zip(together, requests, strict=True):
         np.testing.assert_allclose(ours, compiled(*request, g), rtol=1e-4, atol=1e-5)
 
