@@ -14,7 +14,7 @@ __all__ = ["DEFAULTS", "MODALITIES", "Bagel", "InputError", "Request", "Result",
 def __getattr__(name: str):
     # Bagel brings jax along, which takes seconds to import; a command line with a wrong flag should not wait for it.
     if name == "Bagel":
-        from bagel_jax.engine import Bagel
+        from bagel_jax.bagel import Bagel
 
         return Bagel
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

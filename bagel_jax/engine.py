@@ -1,274 +1,375 @@
-"""The two stages in a row: a request in, a result out.
+"""The engine: two stages, each with its own queue, batch size and device, working at the same time.
 
-The only room that knows both stages. Stage 0 serves many requests at once; stage 1 still one after another.
+The only room that knows both stages. Each stage belongs to one thread, which alone touches it (with the topology
+`single-stage` one thread turns from one to the other); everything that goes between threads goes through the queues
+here, under one lock, and is keyed by request id. A thread lives as long as there is a request in the engine, and waits
+for a notification, never for a time-out.
 """
 
 from __future__ import annotations
 
-import os
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
-from pathlib import Path
-from typing import Any
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
-from bagel_jax.ar.stage import ContextStage, Failed, Finished, Tokens
-from bagel_jax.checkpoint.source import ModelSource
-from bagel_jax.clock import Clock
+from bagel_jax.ar.stage import ContextStage, Finished, Tokens
+from bagel_jax.clock import Clock, Span
 from bagel_jax.config import BagelConfig
-from bagel_jax.demo.example import MODEL
-from bagel_jax.diffusion.guidance import guidance
-from bagel_jax.diffusion.loop import Canvas, DenoiseState, decode_latents, denoise
-from bagel_jax.diffusion.schedule import schedule
+from bagel_jax.diffusion.stage import DenoiseStage, Drawn, Steps
 from bagel_jax.errors import InputError
+from bagel_jax.handle import Done, Handle, Progress, TextDelta
+from bagel_jax.handoff import ContextKV, Failed
 from bagel_jax.inputs.pictures import to_image
-from bagel_jax.inputs.prepare import Prepared, latent_positions, prepare
+from bagel_jax.inputs.prepare import Prepared
 from bagel_jax.inputs.tokenizer import Tokenizer
 from bagel_jax.models.weights import Weights
-from bagel_jax.request import Request, Result
+from bagel_jax.request import Result
 from bagel_jax.settings import ServingSettings
 
-# Called as progress(phase, done, total); phase is "load", "decode" or "denoise". done = 0 comes before the work.
-Progress = Callable[[str, int, int], None]
-
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-
-
-def keep_compiled_programs() -> None:
-    """Turns on JAX's persistent cache of compiled programs, unless the user has set one up (or off) already."""
-    if jax.config.jax_compilation_cache_dir is None and jax.config.jax_enable_compilation_cache:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(home / "bagel_jax" / "xla"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+# A call of stage 1 lasts about so long at most where somebody watches, or where another request could join.
+CALL_SECONDS = 0.25
+_UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # decoded from the first bytes of a letter
 
 
-def resolve_dtype(name: str):
-    """The jax dtype for `auto`, `float32` or `bfloat16`; auto is float32 on a CPU, where bfloat16 is slow.
+@dataclass(eq=False)
+class _Record:
+    """What the engine knows of a request in work."""
+
+    prepared: Prepared
+    handle: Handle
+    only_context: bool  # ends with its context
+    result: Result
+    spans: list[Span] = field(default_factory=list)
+    untold: list[int] = field(default_factory=list)  # tokens whose text was not told yet
+    said: str = ""  # text that was
+    ready: float | None = None  # when stage 0 was done with it, by time.perf_counter()
+    context: ContextKV | None = None  # given from outside
+
+
+class Engine:
+    """Answers requests with a loaded model.
+
+    Args:
+        weights: the model.
+        config: its sizes.
+        dtype: of the KV cache.
+        tokenizer: the model's.
+        settings: see `ServingSettings`.
+        load_seconds: what loading took, for the results' `seconds`.
 
     Raises:
-        InputError: another name.
-    """
-    if name == "auto":
-        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    if name not in DTYPES:
-        raise InputError(f"dtype is {name!r}; it must be one of auto, {', '.join(DTYPES)}")
-    return DTYPES[name]
-
-
-class Bagel:
-    """A BAGEL model that answers requests.
-
-    `Bagel.load(DIR)` is the usual way; `Bagel.open(DIR)` reads and checks everything but the weights, so that bad
-    requests can be found with `prepare` before the weights are loaded.
+        InputError: there is no such device, or no memory for the KV cache.
     """
 
-    def __init__(self, source: ModelSource, dtype: str = "auto", settings: ServingSettings | None = None):
-        keep_compiled_programs()
-        self.dtype = resolve_dtype(dtype)
-        self.config: BagelConfig = source.config
-        self.tokenizer = Tokenizer(source.directory)
-        markers = self.tokenizer.vision_start, self.tokenizer.vision_end
-        if max(markers) >= self.config.trunk.vocab_size:
-            raise InputError(
-                f"the tokenizer in {source.directory} has token {max(markers)}, but the model has "
-                f"{self.config.trunk.vocab_size} tokens; the tokenizer must be the model's own"
-            )
-        self.load_seconds: float | None = None
-        self.settings = settings or ServingSettings()
-        self._source = source
-        self._weights: Weights | None = None
-        self._stage: ContextStage | None = None
+    def __init__(
+        self,
+        weights: Weights,
+        config: BagelConfig,
+        dtype,
+        tokenizer: Tokenizer,
+        settings: ServingSettings,
+        load_seconds: float | None = None,
+    ):
+        self.settings, self._tokenizer, self._load_seconds = settings, tokenizer, load_seconds
+        ours = (config, dtype, tokenizer, settings)
+        self.ar = ContextStage(weights.on(_device("ar_device", settings.ar_device)), *ours)
+        self.dit = DenoiseStage(weights.on(_device("dit_device", settings.dit_device)), *ours)
+        # Stretches of work of each stage ("ar", "dit"), of which old ones are forgotten.
+        self.work: deque[Span] = deque(maxlen=100_000)
+        self._wake = threading.Condition()  # its lock guards all that follows
+        self._records: dict[str, _Record] = {}
+        self._new: deque[_Record] = deque()  # to stage 0
+        self._ready: deque[str] = deque()  # contexts that stage 1 has no room for yet
+        self._moving: dict[str, int] = {}  # on the way to stage 1: pages
+        self._arrived: deque[tuple[_Record, ContextKV]] = deque()  # to stage 1
+        self._cancelled: tuple[deque[str], deque[str]] = deque(), deque()  # to tell each stage of
+        self._threads: dict[str, threading.Thread] = {}
+        self._changes = 0  # goes up whenever a thread may have something new to do
 
-    @classmethod
-    def open(
-        cls, directory: str | Path | None = None, dtype: str = "auto", settings: ServingSettings | None = None
-    ) -> Bagel:
-        """A model whose weights are checked but not loaded yet.
-
-        Args:
-            directory: a checkpoint in the published layout, or one that `scripts/convert_weights.py` wrote; None: the
-                bundled demo model.
-            dtype: `auto`, `float32` or `bfloat16`.
-            settings: how many requests at once, pages of the KV cache and the like.
-
-        Raises:
-            InputError: the directory does not hold a whole checkpoint, or a tokenizer that is not its own.
-        """
-        return cls(ModelSource.open(MODEL if directory is None else Path(directory)), dtype, settings)
-
-    @classmethod
-    def load(
-        cls,
-        directory: str | Path | None = None,
-        dtype: str = "auto",
-        progress: Progress | None = None,
-        settings: ServingSettings | None = None,
-    ) -> Bagel:
-        """`open`, then the weights."""
-        model = cls.open(directory, dtype, settings)
-        model.load_weights(progress)
-        return model
-
-    def load_weights(self, progress: Progress | None = None) -> Weights:
-        """Loads the weights, unless they are loaded."""
-        if self._weights is None:
-            started = time.perf_counter()
-            report = None if progress is None else partial(progress, "load")
-            self._weights = jax.block_until_ready(self._source.load(self.dtype, report))
-            self.load_seconds = time.perf_counter() - started
-        return self._weights
-
-    def prepare(self, request: Request) -> Prepared:
-        """Plans a request on the host.
-
-        Raises:
-            InputError: this model cannot do it.
-        """
-        return prepare(request, self.config, self.tokenizer)
-
-    def generate(self, modality: str, *args: Any, progress: Progress | None = None, **kwargs: Any) -> Result:
-        """A request made from the arguments (see `Request.create`), answered.
-
-        Raises:
-            InputError: the request cannot be done.
-        """
-        return self.run(self.prepare(Request.create(modality, *args, **kwargs)), progress)
-
-    def run(self, prepared: Prepared, progress: Progress | None = None) -> Result:
-        """Answers a prepared request.
+    def submit(
+        self,
+        prepared: Prepared,
+        *,
+        context: ContextKV | None = None,
+        only_context: bool = False,
+        sink: Callable[[Handle, TextDelta | Progress | Done], None] | None = None,
+        watched: bool = False,
+    ) -> Handle:
+        """Takes a request in and returns at once.
 
         Args:
-            prepared: from `prepare`.
-            progress: called as `progress(phase, done, total)`.
+            prepared: the request.
+            context: its context, computed elsewhere: stage 0 is left out.
+            only_context: end with the request's `ContextKV` instead of a result.
+            sink: called with the handle and each of its events, in a thread of the engine, instead of keeping events
+                for `Handle.events`.
+            watched: whether somebody looks at progress, so that calls should be short.
 
         Raises:
-            InputError: the KV cache is too small for it.
-            FloatingPointError: the latents are not finite.
+            InputError: its id is in work already, or it makes no picture where a context is concerned.
         """
-        ((_, result),) = self.run_many([prepared], progress)
-        if isinstance(result, Exception):
-            raise result
-        return result
-
-    def run_many(
-        self, requests: Iterable[Request | Prepared], progress: Progress | None = None
-    ) -> Iterator[tuple[Request, Result | Exception]]:
-        """Answers requests, as many at once as the settings say, each as soon as it is done.
-
-        Args:
-            requests: read, and prepared if they are not, only as far as there is room.
-            progress: called as `progress(phase, done, total)`; tokens decoded are counted over all requests in work.
-
-        Yields:
-            Each request with its result, or with what made it fail: the others go on.
-        """
-        self.load_weights(progress)
-        stage, requests = self._context_stage(), iter(requests)
-        work: dict[str, Prepared] = {}
-        counts: dict[str, tuple[int, int]] = {}  # tokens decoded, and the most there may be
-        more = True
-        try:
-            while more or work:
-                while more and len(work) < self.settings.max_num_seqs:
-                    one = next(requests, None)
-                    if one is None:
-                        more = False
-                        break
-                    request = one.request if isinstance(one, Prepared) else one
-                    try:
-                        prepared = one if isinstance(one, Prepared) else self.prepare(one)
-                        stage.submit(prepared)
-                    except Exception as error:  # whatever happens to one request, the others go on
-                        yield request, error
-                        continue
-                    work[request.request_id] = prepared
-                    counts[request.request_id] = 0, _token_limit(request)
-                    _report(progress, counts)
-                if not work:
-                    continue
-                for event in stage.step():
-                    key = event.request_id
-                    if isinstance(event, Tokens):
-                        counts[key] = counts[key][0] + len(event.ids), counts[key][1]
-                        _report(progress, counts)
-                        continue
-                    counts.pop(key)
-                    one = work.pop(key)
-                    try:
-                        yield one.request, self._answer(one, event, progress)
-                    except Exception as error:
-                        yield one.request, error
-        finally:  # whoever stops listening leaves nothing behind for the next
-            for key in work:
-                stage.cancel(key)
-
-    def _context_stage(self) -> ContextStage:
-        if self._stage is None:
-            self._stage = ContextStage(self._weights, self.config, self.dtype, self.tokenizer, self.settings)
-        return self._stage
-
-    def _answer(self, prepared: Prepared, event: Finished | Failed, progress) -> Result:
-        """What becomes of a request that has left stage 0."""
-        if isinstance(event, Failed):
-            raise InputError(event.error)
-        request, stats, clock = prepared.request, event.stats, Clock()
-        for span in stats.spans:
-            clock.add(*span)
+        request = prepared.request
+        if (context is not None or only_context) and not request.makes_picture:
+            raise InputError(f"{request.modality} has no context to hand over; text2img and img2img have")
+        if context is not None:
+            self.dit.pages_needed(prepared, context.num_pages)
+        handle = Handle(request, self._cancel, sink, watched=watched)
         result = Result(request.request_id, request.modality, notes=prepared.notes)
+        record = _Record(prepared, handle, only_context, result, context=context)
+        with self._wake:
+            if request.request_id in self._records:
+                raise InputError(f"request_id {request.request_id!r} is already in work; each request needs its own")
+            self._records[request.request_id] = record
+            if context is None:
+                self._new.append(record)
+            else:
+                record.ready = time.perf_counter()
+                self._ready.append(request.request_id)
+            self._start_threads()
+            self._changed()
+        return handle
+
+    def close(self) -> None:
+        """Cancels what is in work and waits until both stages have let go of it."""
+        with self._wake:
+            handles, threads = [record.handle for record in self._records.values()], list(self._threads.values())
+        for handle in handles:
+            handle.cancel()
+        for thread in threads:
+            thread.join()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def _changed(self) -> None:
+        """Wakes both threads; the lock is held."""
+        self._changes += 1
+        self._wake.notify_all()
+
+    def _start_threads(self) -> None:
+        """Starts the threads that are not there; the lock is held."""
+        turns = {"ar": [self._ar_turn], "dit": [self._dit_turn]}
+        if self.settings.topology == "single-stage":
+            turns = {"ar+dit": [self._ar_turn, self._dit_turn]}
+        for name, mine in turns.items():
+            if name not in self._threads:
+                self._threads[name] = threading.Thread(target=self._live, args=(name, mine), name=f"bagel-{name}")
+                self._threads[name].start()
+
+    def _live(self, name: str, turns: list[Callable[[], bool]]) -> None:
+        """A thread's life: turns as long as there are requests, waiting where there is nothing to do for it."""
+        while True:
+            with self._wake:
+                if not self._records and not any(self._cancelled):
+                    del self._threads[name]
+                    return
+                seen = self._changes
+            try:
+                worked = [turn() for turn in turns]
+            except Exception as error:  # a fault of ours: whoever waits is told, instead of waiting for ever
+                self._fail_all(error)
+                continue
+            with self._wake:
+                if not any(worked) and self._changes == seen and self._records:
+                    self._wake.wait()
+
+    def _ar_turn(self) -> bool:
+        """Stage 0 takes in what is new, hands over what there is room for, and takes a step; False: nothing to do."""
+        with self._wake:
+            new, dropped = _drain(self._new), _drain(self._cancelled[0])
+        for record in new:
+            try:
+                self.ar.submit(record.prepared)
+                if record.prepared.request.makes_picture:
+                    self.dit.pages_needed(record.prepared, self.ar.pages_needed(record.handle.request_id))
+            except Exception as error:
+                self.ar.cancel(record.handle.request_id)
+                self._end(record.handle.request_id, error)
+        for request_id in dropped:
+            self.ar.cancel(request_id)
+        moved = self._hand_over()
+        if not self.ar.busy:
+            return bool(new or dropped or moved)
+        started = time.perf_counter()
+        events = self.ar.step()
+        self.work.append(Span.here("ar", started, time.perf_counter()))
+        for event in events:
+            with self._wake:
+                record = self._records.get(event.request_id)
+            if record is None:
+                self.ar.cancel(event.request_id)  # cancelled meanwhile
+            elif isinstance(event, Tokens):
+                self._tell_text(record, event.ids)
+            elif isinstance(event, Failed):
+                self._end(event.request_id, event.error)
+            else:
+                self._left_ar(record, event)
+        return not self.ar.stalled or bool(events)
+
+    def _hand_over(self) -> bool:
+        """Moves contexts to stage 1, first come, first served, as long as there is room; says whether any was."""
+        moved = False
+        while True:
+            with self._wake:
+                if not self._ready:
+                    return moved
+                record = self._records.get(self._ready[0])
+                if record is None:  # cancelled meanwhile
+                    self.ar.cancel(self._ready.popleft())
+                    continue
+                request_id = record.handle.request_id
+                given = record.context
+                pages = self.ar.pages_ready(request_id) if given is None else given.num_pages
+                if pages is None or not (record.only_context or self._has_room(record, pages)):
+                    return moved
+                self._ready.popleft()
+            moved = True
+            context = (self.ar.take(request_id) if given is None else given).move(self.dit.place)
+            if record.only_context:
+                self._end(request_id, context)
+                continue
+            with self._wake:
+                self._arrived.append((record, context))
+                self._changed()
+
+    def _has_room(self, record: _Record, context_pages: int) -> bool:
+        """Whether stage 1 can take a context, beside those on their way to it; if so, it is on its way."""
+        pages = self.dit.pages_needed(record.prepared, context_pages)
+        if self.dit.free_slots <= len(self._moving) or pages + sum(self._moving.values()) > self.dit.free_pages:
+            return False
+        self._moving[record.handle.request_id] = pages
+        return True
+
+    def _left_ar(self, record: _Record, event: Finished) -> None:
+        result, stats = record.result, event.stats
+        if record.ready is not None:  # it was computed a second time, since the device failed
+            return
+        record.spans += stats.spans
         result.cached_prefix_tokens = stats.cached_tokens
+        result.prefilled_tokens = stats.prefilled_tokens
         if event.ids is not None:
-            result.text = self.tokenizer.answer(event.ids)
+            result.text = self._tokenizer.answer(event.ids)
             result.time_to_first_token = stats.time_to_first_token
+            clock = Clock.of(record.spans)
             result.tokens_per_second = stats.decoded_tokens / clock.seconds["decode"]
-        if request.makes_picture:
-            with clock.phase("denoise"):
-                latents = self._denoise(prepared, event.context, progress)
-                result.latents = np.asarray(latents)
-            if not np.isfinite(result.latents).all():
-                raise FloatingPointError("the latents are not finite; the weights or the settings are unusable")
-            with clock.phase("pixels"):
-                weights = self._weights
-                pixels = decode_latents(weights.graph, weights.params, latents, prepared.latent_grid)
-                result.image = to_image(np.asarray(pixels))
-        result.seconds = {"load": self.load_seconds, **clock.seconds}
-        return result
+            self._tell_rest(record, result.text)
+        if not record.prepared.request.makes_picture:
+            self._end(event.request_id, result)
+            return
+        with self._wake:
+            record.ready = time.perf_counter()
+            self._ready.append(event.request_id)
+            self._changed()
 
-    def _denoise(self, prepared, context, progress):
-        s = prepared.request.settings
-        evaluations = s.steps - 1
-        canvas = Canvas(
-            jnp.asarray(latent_positions(prepared.latent_grid, self.config)),
-            jnp.asarray([self.tokenizer.vision_start, self.tokenizer.vision_end], jnp.int32),
-        )
-        steps = jax.tree.map(jnp.asarray, schedule(s.steps, s.timestep_shift, s.cfg_interval))
-        g = guidance(s.cfg_text_scale, s.cfg_img_scale, s.cfg_renorm_type, s.cfg_renorm_min)
-        state = self._weights.place(DenoiseState(jnp.array(prepared.initial_latent), jnp.int32(0)))
-        # All steps in one call, unless somebody watches.
-        stops = [evaluations] if progress is None else range(1, evaluations + 1)
-        if progress is not None:
-            progress("denoise", 0, evaluations)
-        for stop in stops:
-            state = denoise(
-                self._weights.graph, self._weights.params, state, jnp.int32(stop), steps, canvas, context, g
-            )
-            if progress is not None:
-                jax.block_until_ready(state)
-                progress("denoise", stop, evaluations)
-        return state.latents
+    def _dit_turn(self) -> bool:
+        """Stage 1 takes in the contexts that have arrived and does some steps; False: there was nothing to do."""
+        with self._wake:
+            arrived, dropped = _drain(self._arrived), _drain(self._cancelled[1])
+        for record, context in arrived:
+            request_id = record.handle.request_id
+            try:
+                if not record.handle.done():
+                    self.dit.submit(record.prepared, context)
+                    record.spans.append(Span.here("wait", record.ready, time.perf_counter()))
+                    record.handle.tell(Progress(0, record.prepared.request.settings.steps - 1))
+            except Exception as error:
+                self._end(request_id, error)
+            with self._wake:
+                self._moving.pop(request_id)
+                self._changed()
+        for request_id in dropped:
+            self.dit.cancel(request_id)
+        if not self.dit.busy:
+            return bool(arrived or dropped)
+        started = time.perf_counter()
+        events = self.dit.step(self._patience())
+        self.work.append(Span.here("dit", started, time.perf_counter()))
+        for event in events:
+            with self._wake:
+                record = self._records.get(event.request_id)
+            if record is None:
+                self.dit.cancel(event.request_id)
+            elif isinstance(event, Steps):
+                record.handle.tell(Progress(event.done, event.total))
+            elif isinstance(event, Failed):
+                self._end(event.request_id, event.error)
+            else:
+                self._drawn(record, event)
+        with self._wake:
+            self._changed()  # there may be room now
+        return True
+
+    def _patience(self) -> float | None:
+        """Seconds that a call of stage 1 should last at most; None: all steps, since nobody waits for anything."""
+        with self._wake:
+            watched = any(record.handle.watched for record in self._records.values())
+            coming = (r.ready is None and r.prepared.request.makes_picture for r in self._records.values())
+            joining = self.dit.free_slots > 0 and any(coming)
+        return CALL_SECONDS if watched or joining else None
+
+    def _drawn(self, record: _Record, event: Drawn) -> None:
+        started = time.perf_counter()
+        record.result.latents, record.result.image = event.latents, to_image(event.pixels)
+        record.spans += [*event.spans, Span.here("pixels", started, time.perf_counter())]
+        self._end(event.request_id, record.result)
+
+    def _end(self, request_id: str, outcome: Result | ContextKV | Exception) -> None:
+        """A request has left the engine, with a result or a reason."""
+        with self._wake:
+            record = self._records.pop(request_id, None)
+            self._changed()
+        if record is None:
+            return
+        if isinstance(outcome, Result):
+            outcome.seconds = {"load": self._load_seconds, **Clock.of(record.spans).seconds}
+        record.handle.finish(outcome)
+
+    def _fail_all(self, error: Exception) -> None:
+        with self._wake:
+            requests = list(self._records)
+        for request_id in requests:
+            self._end(request_id, error)
+
+    def _cancel(self, request_id: str) -> None:
+        with self._wake:
+            self._records.pop(request_id, None)
+            for dropped in self._cancelled:
+                dropped.append(request_id)
+            self._start_threads()
+            self._changed()
+
+    def _tell_text(self, record: _Record, ids: list[int]) -> None:
+        """Passes on the text that tokens add; the first bytes of a letter wait for its last."""
+        record.untold += ids
+        text = self._tokenizer.piece(record.untold)
+        if text.endswith(_UNFINISHED):
+            text = ""
+        else:
+            record.untold.clear()
+        record.said += text
+        record.handle.tell(TextDelta(text, len(ids)))
+
+    def _tell_rest(self, record: _Record, text: str) -> None:
+        """What an answer ends with that was no whole letter."""
+        if text.startswith(record.said) and text != record.said:
+            record.handle.tell(TextDelta(text[len(record.said) :], 0))
 
 
-def _token_limit(request: Request) -> int:
-    """Tokens that a request may decode."""
-    if request.makes_picture:
-        return request.settings.max_think_tokens if request.think else 0
-    return request.settings.max_tokens
+def _drain(things: deque) -> list:
+    taken = list(things)
+    things.clear()
+    return taken
 
 
-def _report(progress: Progress | None, counts: dict[str, tuple[int, int]]) -> None:
-    done, total = (sum(column) for column in zip(*counts.values(), strict=True))
-    if progress is not None and total:
-        progress("decode", done, total)
+def _device(name: str, number: int) -> jax.Device:
+    devices = jax.local_devices()
+    if number >= len(devices):
+        raise InputError(f"{name} is {number}; there are {len(devices)} devices, numbered from 0")
+    return devices[number]

@@ -39,6 +39,10 @@ class Settings:
     cfg_interval: tuple[float, float] = (0.4, 1.0)  # guidance at timesteps lo < t <= hi
     cfg_renorm_type: str = "global"
     cfg_renorm_min: float = 0.0
+    taylorseer: bool = False  # forecast the trunk's output at most steps instead of computing it
+    taylorseer_interval: int = 3  # every so many steps one is computed
+    taylorseer_order: int = 2  # of the expansion; officially 6, which needs more memory and is no closer
+    taylorseer_first: int = 5  # so many steps at the beginning are all computed
     max_think_tokens: int = 1024  # decoding steps; `<|im_start|>` is one of them, as in the official code
     max_tokens: int = 512  # likewise
     do_sample: bool = False  # False: greedy
@@ -53,6 +57,10 @@ class Settings:
         check_whole("steps", self.steps, 2, MAX_STEPS)
         check_whole("max_think_tokens", self.max_think_tokens, 1, MAX_TOKENS)
         check_whole("max_tokens", self.max_tokens, 1, MAX_TOKENS)
+        check_flag("taylorseer", self.taylorseer)
+        check_whole("taylorseer_interval", self.taylorseer_interval, 1, MAX_STEPS)
+        check_whole("taylorseer_order", self.taylorseer_order, 0, 9)
+        check_whole("taylorseer_first", self.taylorseer_first, 1, MAX_STEPS)
         check_number("timestep_shift", self.timestep_shift, 0, above=True)
         check_number("cfg_text_scale", self.cfg_text_scale, 0)
         check_number("cfg_img_scale", self.cfg_img_scale, 0)
@@ -79,6 +87,10 @@ _IMAGE = (
     "cfg_interval",
     "cfg_renorm_type",
     "cfg_renorm_min",
+    "taylorseer",
+    "taylorseer_interval",
+    "taylorseer_order",
+    "taylorseer_first",
 )
 _SAMPLING = ("do_sample", "text_temperature", "top_k", "top_p")
 
@@ -130,6 +142,7 @@ class Request:
         seed: all randomness of the request comes from it.
         think: let the model plan in words first.
         negative_prompt: text for the guidance context that otherwise holds no last prompt.
+        picture_seeds: seeds of the posterior samples of the input pictures of an edit, one each; None: `seed` for all.
         init_noise: noise to use instead of the seed's: `vae_0`, `vae_1`, … `[1, C, h, w]`, one an input picture of
             an edit, and `latent` `[N, C p²]`.
         request_id: names the request in results; made up if empty.
@@ -145,6 +158,7 @@ class Request:
     seed: int = 0
     think: bool = False
     negative_prompt: str | None = None
+    picture_seeds: tuple[int, ...] | None = None
     init_noise: Mapping[str, np.ndarray] | None = None
     request_id: str = ""
     notes: tuple[str, ...] = ()
@@ -169,6 +183,13 @@ class Request:
         if pictures and not wants_picture:
             other = "img2img" if self.makes_picture else "img2text"
             raise InputError(f"{self.modality} was given a picture; it takes text only ({other} takes a picture)")
+        if self.picture_seeds is not None:
+            for value in self.picture_seeds:
+                check_whole("picture_seeds", value, 0, MAX_SEED)
+            if len(self.picture_seeds) != pictures:
+                raise InputError(
+                    f"picture_seeds has {len(self.picture_seeds)} seeds for {pictures} pictures; give one each"
+                )
         if pictures == len(self.inputs):
             raise InputError(f"{self.modality} was given no prompt; it needs one")
 
@@ -183,6 +204,7 @@ class Request:
         seed: int = 0,
         think: bool = False,
         negative_prompt: str | None = None,
+        picture_seeds: Sequence[int] | None = None,
         init_noise: Mapping[str, np.ndarray] | None = None,
         request_id: str | None = None,
         **settings: Any,
@@ -194,7 +216,7 @@ class Request:
             prompt: the text; comes after the pictures, as in the official app.
             image: a picture or several, as files or PIL pictures.
             inputs: instead of `prompt` and `image`: texts and PIL pictures in any order.
-            seed, think, negative_prompt, init_noise, request_id: see `Request`.
+            seed, think, negative_prompt, picture_seeds, init_noise, request_id: see `Request`.
             **settings: fields of `Settings`; None means the default.
 
         Raises:
@@ -223,6 +245,9 @@ class Request:
             notes.append("max_think_tokens has no effect without think")
         if not given.get("do_sample"):
             notes += [f"{name} has no effect without do_sample" for name in _SAMPLING[1:] if name in given]
+        if not given.get("taylorseer"):
+            names = [name for name in given if name.startswith("taylorseer_") and name not in idle]
+            notes += [f"{name} has no effect without taylorseer" for name in names]
         if init_noise is not None and not modality.endswith("img"):
             notes.append(f"init_noise has no effect on {modality}")
         if negative_prompt and not modality.endswith("img"):
@@ -234,6 +259,7 @@ class Request:
             seed=seed,
             think=think,
             negative_prompt=negative_prompt,
+            picture_seeds=None if picture_seeds is None else tuple(picture_seeds),
             init_noise=init_noise,
             request_id=request_id or "",
             notes=tuple(notes),
@@ -271,6 +297,7 @@ class Request:
     def applicable_settings(self) -> dict[str, Any]:
         """The settings that have an effect on this request."""
         names = [n for n in APPLICABLE[self.modality] if n != "max_think_tokens" or self.think]
+        names = [n for n in names if not n.startswith("taylorseer_") or self.settings.taylorseer]
         return {name: getattr(self.settings, name) for name in names}
 
 
@@ -286,6 +313,7 @@ class Result:
     seconds: dict[str, float] = field(default_factory=dict)  # by phase
     time_to_first_token: float | None = None  # seconds from the request's arrival in stage 0, compiling included
     tokens_per_second: float | None = None  # decoded, compiling left out
+    prefilled_tokens: int = 0  # of its contexts, computed in stage 0
     cached_prefix_tokens: int = 0  # of its contexts, found in the prefix cache
     notes: tuple[str, ...] = ()
 

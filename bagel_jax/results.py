@@ -131,24 +131,23 @@ _PHASES = {"load": ("loading weights", "tensor"), "decode": ("decoding", "token"
 
 
 class _Bars:
-    """Progress bars on standard error, one a phase; the bar stands before the phase's first step is over."""
+    """Progress bars on standard error, one a phase; a bar stands before the phase's first step is over."""
 
     def __init__(self):
-        self._bar, self._phase = None, ""
+        self._bars: dict[str, tqdm] = {}
 
     def __call__(self, phase: str, done: int, total: int) -> None:
         """Shows that `done` of `total` are done in `phase`."""
-        if phase != self._phase or self._bar is None:
-            self.close()
-            self._phase = phase
+        if phase not in self._bars:
             title, unit = _PHASES[phase]
-            self._bar = tqdm(total=total, desc=title, unit=unit, file=sys.stderr)
-        self._bar.update(done - self._bar.n)
+            self._bars[phase] = tqdm(total=total, initial=done, desc=title, unit=unit, file=sys.stderr)
+        bar = self._bars[phase]
+        bar.total = total
+        bar.update(done - bar.n)
         if done == total:
-            self.close()
+            self._bars.pop(phase).close()
 
     def close(self) -> None:
-        """Ends the current bar, if there is one."""
-        if self._bar is not None:
-            self._bar.close()
-        self._bar = None
+        """Ends the bars that there are."""
+        while self._bars:
+            self._bars.popitem()[1].close()

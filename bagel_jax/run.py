@@ -22,7 +22,8 @@ from bagel_jax.demo.example import EXAMPLES, MODEL
 from bagel_jax.errors import InputError
 from bagel_jax.request import MODALITIES, RENORM_TYPES, Request, Settings, defaults_table, open_picture
 from bagel_jax.results import Results, output_folder
-from bagel_jax.settings import ATTENTION, ATTENTION_VARIABLE, PAGE_SIZES, ServingSettings
+from bagel_jax.settings import ATTENTION, ATTENTION_VARIABLE, PAGE_SIZES, TOPOLOGIES, ServingSettings
+from bagel_jax.turns import read_turns
 
 _DEMO_NOTE = (
     "no --model given, so the bundled demo model (coloured shapes, 64x64) is used; for BAGEL-7B-MoT: "
@@ -45,8 +46,11 @@ def parser() -> argparse.ArgumentParser:
         help="a published or a converted BAGEL checkpoint (default: the bundled demo model of coloured shapes, "
         "with an example for what is not given of prompts and picture)",
     )
+    p.add_argument("--modality", choices=MODALITIES, help="what goes in and what comes out; alone: an example")
     p.add_argument(
-        "--modality", required=True, choices=MODALITIES, help="what goes in and what comes out; alone: an example"
+        "--turns",
+        metavar="FILE",
+        help='instead: a conversation, a turn a line, as {"draw": "a red circle"} or {"ask": "What is this?"}',
     )
     p.add_argument("--prompts", nargs="+", action="extend", metavar="P", help="one result a prompt")
     p.add_argument("--txt-prompts", metavar="FILE", help="prompts from a file, one a line")
@@ -66,6 +70,16 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--cfg-renorm-min", type=float, metavar="X", help="least factor of the renormalisation")
     g.add_argument("--timestep-shift", type=float, metavar="X", help="above 1: more steps near the noise")
     g.add_argument("--negative-prompt", metavar="P", help="what guidance leads away from")
+    g.add_argument(
+        "--taylorseer",
+        action="store_true",
+        default=None,
+        help="forecast most steps instead of computing them: faster, other pictures",
+    )
+    g.add_argument("--taylorseer-interval", type=int, metavar="N", help="every N steps one is computed")
+    g.add_argument("--taylorseer-order", type=int, metavar="M", help="of the forecast")
+    g.add_argument("--taylorseer-first", type=int, metavar="N", help="steps at the beginning that are all computed")
+    g.add_argument("--vae-tiling", action="store_true", help="decode large pictures in tiles: less memory")
     g.add_argument("--init-noise", metavar="FILE.npz", help="noise of another run: latent, vae_0, vae_1, …")
     g.add_argument("--save-latents", action="store_true", help="write output_I.latent.npy too")
 
@@ -83,7 +97,27 @@ def parser() -> argparse.ArgumentParser:
     g = p.add_argument_group("serving")
     usual = ServingSettings  # the class: an instance would read the environment, where anything may be wrong
     g.add_argument(
-        "--max-num-seqs", type=int, default=usual.max_num_seqs, metavar="N", help="requests at once (%(default)s)"
+        "--ar-max-num-seqs",
+        "--max-num-seqs",
+        type=int,
+        default=usual.ar_max_num_seqs,
+        metavar="N",
+        help="requests at once in stage 0, which makes contexts and texts (%(default)s)",
+    )
+    g.add_argument(
+        "--dit-max-num-seqs",
+        type=int,
+        default=usual.dit_max_num_seqs,
+        metavar="N",
+        help="pictures at once in stage 1, which denoises (%(default)s)",
+    )
+    g.add_argument("--ar-device", type=int, default=usual.ar_device, metavar="I", help="of stage 0 (%(default)s)")
+    g.add_argument("--dit-device", type=int, default=usual.dit_device, metavar="I", help="of stage 1 (%(default)s)")
+    g.add_argument(
+        "--topology",
+        default=usual.topology,
+        choices=TOPOLOGIES,
+        help="two-stage: both stages at the same time; single-stage: by turns (%(default)s)",
     )
     g.add_argument(
         "--max-num-batched-tokens",
@@ -118,9 +152,12 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    args = parser().parse_args(argv)
+    p = parser()
+    args = p.parse_args(argv)
+    if (args.modality is None) == (args.turns is None):
+        p.error(f"{'neither' if args.turns is None else 'both'} of --modality and --turns was given; give one of them")
     try:
-        return _run(args, _fill_in(args, argv))
+        return _run_turns(args) if args.turns is not None else _run(args, _fill_in(args, argv))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
@@ -159,14 +196,7 @@ def _from_here(path: Path) -> str:
 
 def _run(args: argparse.Namespace, notes: Sequence[str]) -> int:
     prompts = _prompts(args)
-    settings = ServingSettings(
-        max_num_seqs=args.max_num_seqs,
-        max_num_batched_tokens=args.max_num_batched_tokens,
-        page_size=args.page_size,
-        num_pages=args.num_pages,
-        prefix_cache=not args.no_prefix_cache,
-        attention=args.attention,
-    )
+    settings = _serving(args)
     requests = _requests(args, prompts)
     output = output_folder(args.output)
     if all(isinstance(request, InputError) for request in requests):
@@ -174,7 +204,7 @@ def _run(args: argparse.Namespace, notes: Sequence[str]) -> int:
     for note in () if args.quiet else notes:  # before what the model may refuse, which they explain
         print(f"note: {note}", file=sys.stderr, flush=True)
 
-    from bagel_jax.engine import Bagel  # late: brings jax, and bad arguments are found without it
+    from bagel_jax.bagel import Bagel  # late: brings jax, and bad arguments are found without it
 
     model = Bagel.open(args.model, args.dtype, settings)
     for i, request in enumerate(requests):
@@ -214,6 +244,53 @@ def _run(args: argparse.Namespace, notes: Sequence[str]) -> int:
                 code = max(code, BAD_INPUT if isinstance(error, InputError) else FAILED)
             results.add(i, about[i] | record)
     return code
+
+
+def _run_turns(args: argparse.Namespace) -> int:
+    """A conversation; it ends at a turn that fails, since those behind it build on it."""
+    for name in ("prompts", "txt_prompts", "image_path", "init_noise"):
+        if getattr(args, name) is not None:
+            raise InputError(f"--{name.replace('_', '-')} was given beside --turns; put it into the turns instead")
+    usual = {f.name: getattr(args, f.name) for f in dataclasses.fields(Settings)} | {"think": args.think}
+    if args.negative_prompt is not None:
+        usual["negative_prompt"] = args.negative_prompt
+    turns = read_turns(args.turns, usual)
+    settings, output = _serving(args), output_folder(args.output)
+
+    from bagel_jax.bagel import Bagel
+
+    model = Bagel.open(args.model, args.dtype, settings)
+    with Results(output, len(turns), quiet=args.quiet) as results:
+        model.load_weights(results.bars)
+        session = model.session(seed=args.seed, progress=results.bars)
+        for i, turn in enumerate(turns):
+            about = {"id": f"output_{i}", "prompt": turn.prompt}
+            try:
+                result = turn.take(session)
+                request = session.requests[-1]
+                record = results.save(i, request, result, latents=args.save_latents)
+            except Exception as error:  # what was finished is kept
+                results.say(f"error: turn {i} failed: {error}")
+                results.add(i, about | {"error": f"{type(error).__name__}: {error}"})
+                return BAD_INPUT if isinstance(error, InputError) else FAILED
+            results.add(i, about | {"modality": request.modality, "seed": request.seed} | record)
+    return DONE
+
+
+def _serving(args: argparse.Namespace) -> ServingSettings:
+    return ServingSettings(
+        ar_max_num_seqs=args.ar_max_num_seqs,
+        max_num_batched_tokens=args.max_num_batched_tokens,
+        page_size=args.page_size,
+        num_pages=args.num_pages,
+        prefix_cache=not args.no_prefix_cache,
+        attention=args.attention,
+        dit_max_num_seqs=args.dit_max_num_seqs,
+        ar_device=args.ar_device,
+        dit_device=args.dit_device,
+        topology=args.topology,
+        vae_tiling=args.vae_tiling,
+    )
 
 
 def _requests(args: argparse.Namespace, prompts: list[str]) -> list[Request | InputError]:

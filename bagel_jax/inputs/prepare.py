@@ -115,7 +115,11 @@ def _noise(request, pictures, num_tokens, config):
     c = config.autoencoder
     shapes = [tuple(side // c.downsample for side in p.vae_pixels.shape[:2]) for p in pictures]
     if request.init_noise is None:
-        posterior = tuple(noise.posterior(request.seed, i, *shape, c.latent_channels) for i, shape in enumerate(shapes))
+        seeds = request.picture_seeds or [request.seed] * len(shapes)
+        posterior = tuple(
+            noise.posterior(seed, i, *shape, c.latent_channels)
+            for i, (seed, shape) in enumerate(zip(seeds, shapes, strict=True))
+        )
         return posterior, noise.initial_latent(request.seed, num_tokens, config.latent_dim)
 
     wanted = {f"vae_{i}": (1, c.latent_channels, *shape) for i, shape in enumerate(shapes)}

@@ -53,3 +53,7 @@ class Tokenizer:
         """
         text = self._tokenizer.decode(ids)
         return text.split("<|im_end|>")[0].split("<|im_start|>")[1]
+
+    def piece(self, ids: list[int]) -> str:
+        """The text of some tokens in the middle of an answer; bytes that are no whole letter become U+FFFD."""
+        return self._tokenizer.decode(ids)

@@ -1,0 +1,288 @@
+"""A BAGEL model to talk to: what `from bagel_jax import Bagel` gives."""
+
+from __future__ import annotations
+
+import os
+import queue
+import time
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bagel_jax.checkpoint.source import ModelSource
+from bagel_jax.config import BagelConfig
+from bagel_jax.demo.example import MODEL
+from bagel_jax.engine import Engine
+from bagel_jax.errors import InputError
+from bagel_jax.handle import Done, Handle, Progress, TextDelta
+from bagel_jax.handoff import ContextKV
+from bagel_jax.inputs.prepare import Prepared, prepare
+from bagel_jax.inputs.tokenizer import Tokenizer
+from bagel_jax.models.weights import Weights
+from bagel_jax.request import Request, Result
+from bagel_jax.session import Session
+from bagel_jax.settings import ServingSettings
+
+# Called as report(phase, done, total); phase is "load", "decode" or "denoise". done = 0 comes before the work.
+Report = Callable[[str, int, int], None]
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+
+def keep_compiled_programs() -> None:
+    """Turns on JAX's persistent cache of compiled programs, unless the user has set one up (or off) already."""
+    if jax.config.jax_compilation_cache_dir is None and jax.config.jax_enable_compilation_cache:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(home / "bagel_jax" / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def resolve_dtype(name: str):
+    """The jax dtype for `auto`, `float32` or `bfloat16`; auto is float32 on a CPU, where bfloat16 is slow.
+
+    Raises:
+        InputError: another name.
+    """
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    if name not in DTYPES:
+        raise InputError(f"dtype is {name!r}; it must be one of auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+class Bagel:
+    """A BAGEL model that answers requests.
+
+    `Bagel.load(DIR)` is the usual way; `Bagel.open(DIR)` reads and checks everything but the weights, so that bad
+    requests can be found with `prepare` before the weights are loaded.
+    """
+
+    def __init__(self, source: ModelSource, dtype: str = "auto", settings: ServingSettings | None = None):
+        keep_compiled_programs()
+        self.dtype = resolve_dtype(dtype)
+        self.config: BagelConfig = source.config
+        self.tokenizer = Tokenizer(source.directory)
+        markers = self.tokenizer.vision_start, self.tokenizer.vision_end
+        if max(markers) >= self.config.trunk.vocab_size:
+            raise InputError(
+                f"the tokenizer in {source.directory} has token {max(markers)}, but the model has "
+                f"{self.config.trunk.vocab_size} tokens; the tokenizer must be the model's own"
+            )
+        self.load_seconds: float | None = None
+        self.settings = settings or ServingSettings()
+        self._source = source
+        self._weights: Weights | None = None
+        self._engine: Engine | None = None
+
+    @classmethod
+    def open(
+        cls, directory: str | Path | None = None, dtype: str = "auto", settings: ServingSettings | None = None
+    ) -> Bagel:
+        """A model whose weights are checked but not loaded yet.
+
+        Args:
+            directory: a checkpoint in the published layout, or one that `scripts/convert_weights.py` wrote; None: the
+                bundled demo model.
+            dtype: `auto`, `float32` or `bfloat16`.
+            settings: how many requests at once, pages of the KV cache and the like.
+
+        Raises:
+            InputError: the directory does not hold a whole checkpoint, or a tokenizer that is not its own.
+        """
+        return cls(ModelSource.open(MODEL if directory is None else Path(directory)), dtype, settings)
+
+    @classmethod
+    def load(
+        cls,
+        directory: str | Path | None = None,
+        dtype: str = "auto",
+        progress: Report | None = None,
+        settings: ServingSettings | None = None,
+    ) -> Bagel:
+        """`open`, then the weights."""
+        model = cls.open(directory, dtype, settings)
+        model.load_weights(progress)
+        return model
+
+    def load_weights(self, progress: Report | None = None) -> Weights:
+        """Loads the weights, unless they are loaded."""
+        if self._weights is None:
+            started = time.perf_counter()
+            report = None if progress is None else partial(progress, "load")
+            weights = self._source.load(self.dtype, report)
+            if weights.device.platform == "gpu":
+                weights = weights.unrolled(self.config, self.dtype)
+            self._weights = jax.block_until_ready(weights)
+            self.load_seconds = time.perf_counter() - started
+        return self._weights
+
+    @property
+    def engine(self) -> Engine:
+        """The two stages; made, and the weights loaded, when first asked for."""
+        if self._engine is None:
+            weights = self.load_weights()
+            self._engine = Engine(
+                weights, self.config, self.dtype, self.tokenizer, self.settings, load_seconds=self.load_seconds
+            )
+        return self._engine
+
+    def prepare(self, request: Request) -> Prepared:
+        """Plans a request on the host.
+
+        Raises:
+            InputError: this model cannot do it.
+        """
+        return prepare(request, self.config, self.tokenizer)
+
+    def submit(self, request: Request | Prepared) -> Handle:
+        """Takes a request in and returns at once; the handle tells of it, and cancels it.
+
+        Raises:
+            InputError: this model cannot do it, or its id is in work already.
+        """
+        return self.engine.submit(self._prepared(request))
+
+    def generate(self, modality: str, *args: Any, progress: Report | None = None, **kwargs: Any) -> Result:
+        """A request made from the arguments (see `Request.create`), answered.
+
+        Raises:
+            InputError: the request cannot be done.
+        """
+        return self.run(Request.create(modality, *args, **kwargs), progress)
+
+    def run(self, request: Request | Prepared, progress: Report | None = None) -> Result:
+        """Answers a request.
+
+        Args:
+            request: the request.
+            progress: called as `progress(phase, done, total)`.
+
+        Raises:
+            InputError: this model cannot do it, or the KV cache is too small for it.
+            FloatingPointError: the latents are not finite.
+        """
+        ((_, result),) = self.run_many([request], progress)
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    def run_many(
+        self, requests: Iterable[Request | Prepared], progress: Report | None = None
+    ) -> Iterator[tuple[Request, Result | Exception]]:
+        """Answers requests, as many at once as the settings say, each as soon as it is done.
+
+        Args:
+            requests: read, and prepared if they are not, only as far as there is room.
+            progress: called as `progress(phase, done, total)`; tokens and steps are counted over all requests in work.
+
+        Yields:
+            Each request with its result, or with what made it fail: the others go on.
+        """
+        self.load_weights(progress)
+        engine, requests = self.engine, iter(requests)
+        # So many that no stage has to wait for the other.
+        room = self.settings.ar_max_num_seqs + self.settings.dit_max_num_seqs
+        events: queue.SimpleQueue[tuple[Handle, TextDelta | Progress | Done]] = queue.SimpleQueue()
+        counts = _Counts(progress)
+        work: dict[str, Handle] = {}
+        more = True
+        try:
+            while more or work:
+                while more and len(work) < room:
+                    one = next(requests, None)
+                    if one is None:
+                        more = False
+                        break
+                    request = one.request if isinstance(one, Prepared) else one
+                    try:
+                        sink = lambda handle, event: events.put((handle, event))  # noqa: E731
+                        handle = engine.submit(self._prepared(one), sink=sink, watched=progress is not None)
+                    except Exception as error:  # whatever happens to one request, the others go on
+                        yield request, error
+                        continue
+                    work[request.request_id] = handle
+                    counts.begin(request)
+                if not work:
+                    continue
+                handle, event = events.get()
+                if isinstance(event, Done):
+                    del work[handle.request_id]
+                    counts.end(handle.request_id)
+                    try:
+                        outcome = handle.result()
+                    except Exception as error:
+                        outcome = error
+                    yield handle.request, outcome
+                else:
+                    counts.note(handle.request_id, event)
+        finally:  # whoever stops listening leaves nothing behind for the next
+            for handle in work.values():
+                handle.cancel()
+
+    def context(self, request: Request | Prepared) -> ContextKV:
+        """The context of a request for a picture, which stage 1 can make it from, here (`denoise`) or elsewhere.
+
+        Raises:
+            InputError: the request makes no picture, or cannot be done.
+        """
+        return self.engine.submit(self._prepared(request), only_context=True).result()
+
+    def denoise(self, request: Request | Prepared, context: ContextKV) -> Result:
+        """Makes a request's picture from its context; the request is to have the context's request_id.
+
+        Raises:
+            InputError: the context is not this request's, or of a model of other sizes.
+            FloatingPointError: the latents are not finite.
+        """
+        return self.engine.submit(self._prepared(request), context=context).result()
+
+    def session(self, *, seed: int = 0, progress: Report | None = None) -> Session:
+        """A conversation in which pictures are drawn, edited and asked about; see `Session`."""
+        return Session(partial(self.run, progress=progress), seed=seed)
+
+    def close(self) -> None:
+        """Cancels what is in work and waits until it is gone."""
+        if self._engine is not None:
+            self._engine.close()
+
+    def _prepared(self, request: Request | Prepared) -> Prepared:
+        return request if isinstance(request, Prepared) else self.prepare(request)
+
+
+class _Counts:
+    """Tokens and steps of all requests so far, done and to do."""
+
+    def __init__(self, report: Report | None):
+        self._report = report
+        self._counts: dict[str, dict[str, list[int]]] = {"decode": {}, "denoise": {}}
+
+    def begin(self, request: Request) -> None:
+        """A request is in work."""
+        s = request.settings
+        if request.think or not request.makes_picture:
+            limit = s.max_think_tokens if request.makes_picture else s.max_tokens
+            self._set("decode", request.request_id, 0, limit)
+
+    def note(self, request_id: str, event: TextDelta | Progress) -> None:
+        """Something of it was done."""
+        if isinstance(event, TextDelta):
+            done, limit = self._counts["decode"][request_id]
+            self._set("decode", request_id, done + event.tokens, limit)
+        else:
+            self._set("denoise", request_id, event.done, event.total)
+
+    def end(self, request_id: str) -> None:
+        """Nothing more of it will be done."""
+        for counts in self._counts.values():
+            if request_id in counts:
+                counts[request_id][1] = counts[request_id][0]
+
+    def _set(self, phase: str, request_id: str, done: int, total: int) -> None:
+        self._counts[phase][request_id] = [done, total]
+        if self._report is not None:
+            done, total = (sum(column) for column in zip(*self._counts[phase].values(), strict=True))
+            self._report(phase, done, total)

@@ -1,0 +1,91 @@
+"""The turns of a conversation from a file, for `python -m bagel_jax.run --turns FILE.jsonl`.
+
+A line is a turn: `{"draw": PROMPT}` or `{"ask": PROMPT}`, with "image": FILE to bring in a picture first, and with any
+setting of a request under its name:
+
+    {"draw": "a red circle on a white background"}
+    {"draw": "make it a blue star", "cfg_text_scale": 6}
+    {"ask": "What is in this image?"}
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from bagel_jax.errors import InputError
+from bagel_jax.request import Request, Result, Settings, open_picture
+from bagel_jax.session import Session
+
+_OPTIONS = (*(field.name for field in dataclasses.fields(Settings)), "seed", "think", "negative_prompt")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn."""
+
+    draws: bool
+    prompt: str
+    image: Image.Image | None
+    options: Mapping[str, Any]
+
+    def take(self, session: Session) -> Result:
+        """Takes the turn."""
+        if self.image is not None:
+            session.add(self.image)
+        return (session.draw if self.draws else session.ask)(self.prompt, **self.options)
+
+
+def read_turns(name: str, usual: Mapping[str, Any]) -> list[Turn]:
+    """The turns in a file; `usual` are options of all turns that do not name them.
+
+    Raises:
+        InputError: a line that cannot be done, named by its number.
+    """
+    try:
+        lines = Path(name).read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--turns {name} cannot be read as text ({error}); give a file in UTF-8") from None
+    turns, pictures = [], 0
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            turn = _turn(line, usual, pictures)
+        except InputError as error:
+            raise InputError(f"--turns {name}, line {number}: {error}") from None
+        turns.append(turn)
+        pictures += turn.draws + (turn.image is not None)
+    if not turns:
+        raise InputError(f'--turns {name} holds no turn; it must hold one a line, as {{"draw": "a red circle"}}')
+    return turns
+
+
+def _turn(line: str, usual: Mapping[str, Any], pictures: int) -> Turn:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:  # no JSON, a number of thousands of digits, or a thousand brackets
+        raise InputError(f'{line.strip()!r} is no JSON ({error}); a turn is as {{"draw": "a red circle"}}') from None
+    if not isinstance(record, dict) or ("draw" in record) == ("ask" in record):
+        raise InputError(f'{line.strip()!r} must be an object with either "draw" or "ask" in it')
+    draws = "draw" in record
+    prompt = record.pop("draw" if draws else "ask")
+    image = record.pop("image", None)
+    if not isinstance(prompt, str) or not prompt:
+        raise InputError(f"the prompt is {prompt!r}; it must be a text")
+    if image is not None:
+        image = open_picture(image)
+    for key in record:
+        if key not in _OPTIONS:
+            raise InputError(f"there is no setting {key}; there are {', '.join(_OPTIONS)}")
+    options = dict(usual) | record
+    # What is wrong with the options shows without the pictures that the turn will see.
+    seen = [image or Image.new("RGB", (16, 16))] if pictures or image is not None else []
+    Request.create(f"{'img' if seen else 'text'}2{'img' if draws else 'text'}", inputs=[*seen, prompt], **options)
+    return Turn(draws, prompt, image, options)
