@@ -17,7 +17,7 @@ import numpy as np
 from golden import Case
 from PIL import Image
 
-from bagel_jax.engine import Bagel
+from bagel_jax.bagel import Bagel
 from bagel_jax.run import main
 
 
@@ -75,7 +75,7 @@ def small_copy(model: Bagel, tokens: int = 4) -> Bagel:
     """The same weights with a limit of `tokens` latent tokens a side, so that input pictures are resized to little."""
     small = copy.copy(model)
     small.config = dataclasses.replace(model.config, max_latent_size=tokens)
-    small._stage = None  # it knows the old limit
+    small._engine = None  # it knows the old limit
     return small
 
 

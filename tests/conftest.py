@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import os
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 
 # One cache of compiled programs for the whole run, command lines started by tests included; not the user's own.
 _XLA_CACHE = tempfile.TemporaryDirectory(prefix="bagel_jax_xla_")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _XLA_CACHE.name)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+# Programs that run for milliseconds are compiled in a fraction of the time this way, here and in processes that tests
+# start. `XLA_FLAGS= JAX_DISABLE_MOST_OPTIMIZATIONS=0` compiles as for a user; .ci/run does so for the golden numbers.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+if version("jaxlib").startswith("0.10."):  # later ones stop at a flag that they no longer have
+    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1")
 # Pallas' interpreter of Mosaic GPU blocks a thread of XLA's CPU client for each warpgroup.
 os.environ.setdefault("PJRT_NPROC", "8")
 
 import pytest  # noqa: E402
 
-from bagel_jax.engine import Bagel  # noqa: E402
+from bagel_jax.models import weights  # noqa: E402
+
+# The same few models are taken apart hundreds of times, which takes a second each. Before others import the function.
+weights.abstract_weights = functools.cache(weights.abstract_weights)
+
+from bagel_jax.bagel import Bagel  # noqa: E402
+
+# Traced programs are millions of objects; looking through them all is a tenth of the run with the usual thresholds.
+gc.set_threshold(20_000, 20, 50)
 
 DATA = Path(__file__).parent / "data"
 

@@ -82,6 +82,8 @@ class Case:
             settings |= {"steps": p["num_timesteps"], "max_think_tokens": p["max_think_token_n"]}
             if "image_shapes" in p:
                 settings["height"], settings["width"] = p["image_shapes"]
+            if p.get("enable_taylorseer"):  # the official constants
+                settings |= {"taylorseer": True, "taylorseer_interval": 3, "taylorseer_order": 6, "taylorseer_first": 5}
         settings |= overrides
         noise = None if p["understanding_output"] else self.noise
         return Request.create(self.modality, inputs=self.inputs(), think=p["think"], init_noise=noise, **settings)

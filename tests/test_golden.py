@@ -8,23 +8,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from denoising import Denoising
+from dense import view_of
 from golden import GENERATION, UNDERSTANDING, Case, relative_error
 from serving import cache_of, logits_of, prefilled, serve
 
 from bagel_jax.ar.stage import ContextStage
-from bagel_jax.diffusion.guidance import guidance
-from bagel_jax.diffusion.loop import Canvas, guided_velocity
-from bagel_jax.diffusion.schedule import schedule
-from bagel_jax.engine import Bagel
+from bagel_jax.bagel import Bagel
 from bagel_jax.inputs.plan import Text, View
-from bagel_jax.inputs.prepare import latent_positions, vit_positions
+from bagel_jax.inputs.prepare import vit_positions
 from bagel_jax.settings import ServingSettings
 
 TOLERANCE = 1e-4
 
 
 def slow_edits(*names):
-    """Parameters of which the larger edits run with the slow tests."""
+    """Parameters of which some, the larger edits first, run with the slow tests."""
     return [pytest.param(n, marks=pytest.mark.slow) if n in names else n for n in GENERATION]
 
 
@@ -78,9 +77,9 @@ def test_cache(tiny, cases_dir, name):
     """Keys (after norm and RoPE) and values of the full context, the thought text included."""
     case = Case.read(cases_dir, name)
     (finished,) = serve(stage_of(tiny), tiny.prepare(case.request())).values()
-    cache, length = finished.context.caches[0], int(finished.context.length[0])
-    assert relative_error(cache.k[:, :length], case.arrays["ctx_main_k"]) < TOLERANCE
-    assert relative_error(cache.v[:, :length], case.arrays["ctx_main_v"]) < TOLERANCE
+    cache = view_of(finished.context)
+    assert relative_error(cache.k, case.arrays["ctx_main_k"]) < TOLERANCE
+    assert relative_error(cache.v, case.arrays["ctx_main_v"]) < TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -151,25 +150,16 @@ def test_autoencoder(tiny, cases_dir):
 def test_velocities(tiny, cases_dir, name):
     """The guided velocity of every step in a plain Python loop (of the first and last for edits)."""
     case = Case.read(cases_dir, name)
-    request = case.request()
-    prepared, s, model = tiny.prepare(request), request.settings, tiny.load_weights().model()
+    prepared, velocities = tiny.prepare(case.request()), []
     (finished,) = serve(stage_of(tiny), prepared).values()
-    context = finished.context
-    canvas = Canvas(
-        latent_positions(prepared.latent_grid, tiny.config),
-        jnp.asarray([tiny.tokenizer.vision_start, tiny.tokenizer.vision_end]),
-    )
-    g = guidance(s.cfg_text_scale, s.cfg_img_scale, s.cfg_renorm_type, s.cfg_renorm_min)
-    velocity = jax.jit(lambda x, t, guided: guided_velocity(model, x, t, guided, canvas, context, g))
-    plan, latents, velocities = schedule(s.steps, s.timestep_shift, s.cfg_interval), prepared.initial_latent, []
-    for i in range(s.steps - 1):
-        velocities.append(np.asarray(velocity(latents, plan.timesteps[i], plan.guided[i])))
-        latents = latents - velocities[-1] * plan.deltas[i]
+    one = Denoising(tiny, (prepared, finished.context))
+    while one.busy:
+        velocities.append(one.evaluate()[0, : len(prepared.initial_latent)])
     if len(velocities) != len(case.arrays["velocity"]):
         velocities = [velocities[0], velocities[-1]]
     for ours, theirs in zip(velocities, case.arrays["velocity"], strict=True):
         assert relative_error(ours, theirs) < TOLERANCE
-    assert relative_error(latents, case.arrays["final_latent"]) < TOLERANCE
+    assert relative_error(one.latents(), case.arrays["final_latent"]) < TOLERANCE
 
 
 @pytest.mark.parametrize("name", [*slow_edits("img2img_two_images"), *UNDERSTANDING])
@@ -196,7 +186,7 @@ def test_decoder(tiny, cases_dir, name):
     assert relative_error(pixels.transpose(0, 3, 1, 2), case.arrays["decoded_0"]) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", slow_edits("img2img", "img2img_two_images"))
+@pytest.mark.parametrize("name", slow_edits("img2img", "img2img_two_images", "text2img_think"))
 def test_bfloat16_latents(tiny_bfloat16, cases_dir, name):
     """In bfloat16 the final latents are no further from float32 than the official code's."""
     case = Case.read(cases_dir, name)
@@ -221,8 +211,8 @@ def test_bfloat16_logits(tiny_bfloat16, cases_dir, name):
     [
         pytest.param({}, marks=pytest.mark.slow),
         {"page_size": 16, "num_pages": 2400, "max_num_batched_tokens": 48},
-        pytest.param({"page_size": 128, "max_num_seqs": 3}, marks=pytest.mark.slow),
-        pytest.param({"page_size": 32, "num_pages": 340, "max_num_seqs": 8}, marks=pytest.mark.slow),  # a tight pool
+        pytest.param({"page_size": 128, "ar_max_num_seqs": 3}, marks=pytest.mark.slow),
+        pytest.param({"page_size": 32, "num_pages": 340, "ar_max_num_seqs": 8}, marks=pytest.mark.slow),  # a tight pool
     ],
     ids=["usual", "small pages and pieces", "large pages", "a tight pool"],
 )
@@ -239,11 +229,9 @@ def test_batch_mates(tiny, cases_dir, settings):
         context = together[name].context
         (alone,) = serve(stage_of(tiny), made[name]).values()
         np.testing.assert_array_equal(context.length, alone.context.length)
-        for i, row in enumerate(context.rows):
-            for ours, theirs in zip(context.caches[row], alone.context.caches[row], strict=True):
-                length = int(context.length[i])
-                if length:
-                    assert relative_error(ours[:, :length], theirs[:, :length]) < 1e-5
+        for view in range(len(context.length)):
+            for ours, theirs in zip(view_of(context, view), view_of(alone.context, view), strict=True):
+                if len(ours[0]):
+                    assert relative_error(ours, theirs) < 1e-5
         if "ctx_main_k" in case.arrays:
-            length = int(context.length[0])
-            assert relative_error(context.caches[0].k[:, :length], case.arrays["ctx_main_k"]) < TOLERANCE
+            assert relative_error(view_of(context).k, case.arrays["ctx_main_k"]) < TOLERANCE

@@ -11,17 +11,29 @@ import pytest
 import small
 from commands import script_runner
 
+from bagel_jax.bagel import Bagel
 from bagel_jax.checkpoint.source import ModelSource
-from bagel_jax.engine import Bagel
 from bagel_jax.settings import ServingSettings
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "random_weights.py"
-# Two layers each, and pictures of 64 pixels at most.
-TINY = """
---hidden-size 32 --layers 2 --heads 4 --kv-heads 2 --mlp 48 --vit-hidden-size 24 --vit-layers 2 --vit-heads 2
---vit-mlp 32 --max-vit-patches 4 --ae-channels 32 --ae-blocks 1 --ae-multipliers 1 2 --latent-channels 4
---max-latent-size 8
-""".split()
+# Pictures of 32 pixels at most.
+_SIZES = {
+    "hidden-size": 32,
+    "layers": 2,
+    "heads": 4,
+    "kv-heads": 2,
+    "mlp": 48,
+    "vit-hidden-size": 24,
+    "vit-layers": 2,
+    "vit-heads": 2,
+    "vit-mlp": 32,
+    "max-vit-patches": 4,
+    "ae-channels": 32,
+    "ae-blocks": 1,
+    "latent-channels": 4,
+    "max-latent-size": 8,
+}
+TINY = [*(x for flag, size in _SIZES.items() for x in (f"--{flag}", size)), "--ae-multipliers", 1, 2]
 
 
 @pytest.fixture

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import io
+import sys
 import time
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -12,9 +15,9 @@ from golden import Case, relative_error
 from PIL import Image
 
 from bagel_jax import DEFAULTS, MODALITIES, InputError, Request, Settings
-from bagel_jax import engine as engine_module
 from bagel_jax.ar import steps
-from bagel_jax.engine import Bagel
+from bagel_jax.bagel import Bagel
+from bagel_jax.diffusion import loop
 from bagel_jax.request import APPLICABLE
 from bagel_jax.run import main
 
@@ -91,8 +94,8 @@ def test_several_prompts_one_picture_out(cli):
     assert not np.array_equal(ran.picture(0), ran.picture(1))
     for i in (2, 1):
         alone = cli("text2img", *SMALL, "--seed", 7 + i, "--save-latents", "--prompts", PROMPTS[i])
-        assert np.array_equal(alone.latents(), ran.latents(i))
-        assert np.array_equal(alone.picture(), ran.picture(i))
+        np.testing.assert_allclose(alone.latents(), ran.latents(i), rtol=1e-4, atol=1e-4)
+        assert np.abs(alone.picture().astype(int) - ran.picture(i)).max() <= 1
 
 
 @pytest.mark.usefixtures("loaded")
@@ -144,8 +147,8 @@ def test_pictures_go_to_their_prompts(cli, tmp_path, asked, count):
 @pytest.mark.parametrize(
     ("modality", "options", "phases"),
     [
-        ("text2img", SMALL, {"prefill", "denoise", "pixels"}),
-        ("text2img", (*SMALL, "--max-think-tokens", 12, "--think"), {"prefill", "decode", "denoise", "pixels"}),
+        ("text2img", SMALL, {"prefill", "wait", "denoise", "pixels"}),
+        ("text2img", (*SMALL, "--max-think-tokens", 12, "--think"), {"prefill", "decode", "wait", "denoise", "pixels"}),
         ("text2text", ("--max-tokens", 4), {"prefill", "decode"}),
     ],
 )
@@ -242,24 +245,40 @@ def test_options_without_effect_are_noted(cli):
     assert "note: request 0: steps has no effect on text2text\n" in ran.err
 
 
+def standard_error(monkeypatch) -> Callable[[str], str]:
+    """What stands on standard error once that holds a text, for which other threads may wait; ten seconds at most.
+
+    To be called in the test itself: pytest puts its own in place after fixtures.
+    """
+    written = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", written)
+
+    def wait(text: str) -> str:
+        until = time.monotonic() + 10
+        while text not in written.getvalue() and time.monotonic() < until:
+            time.sleep(0.01)
+        return written.getvalue()
+
+    return wait
+
+
 @pytest.mark.usefixtures("loaded")
-def test_denoising_bar_stands_before_the_first_step(cli, capsys, monkeypatch):
+def test_denoising_bar_stands_before_the_first_step(cli, monkeypatch):
     """A person would stare at an empty terminal for the minutes of the first step."""
-    denoise, seen = engine_module.denoise, []
-    monkeypatch.setattr(
-        engine_module, "denoise", lambda *args: (seen.append(capsys.readouterr().err), denoise(*args))[1]
-    )
-    ran = cli("text2img", *SMALL, "--prompts", "a red bench")
+    denoise, seen, shown = loop.denoise, [], standard_error(monkeypatch)
+    monkeypatch.setattr(loop, "denoise", lambda *args: (seen.append(shown("0/2")), denoise(*args))[1])
+    cli("text2img", *SMALL, "--prompts", "a red bench")
     assert "denoising:   0%" in seen[0]
     assert "0/2" in seen[0]
-    assert "2/2" in ran.err
+    assert "2/2" not in seen[0]
+    assert "2/2" in shown("2/2")
 
 
 @pytest.mark.usefixtures("loaded")
-def test_decoding_bar_stands_before_the_first_token(cli, capsys, monkeypatch):
+def test_decoding_bar_stands_before_the_first_token(cli, monkeypatch):
     """The same for an answer in words."""
-    decode, seen = steps.decode, []
-    monkeypatch.setattr(steps, "decode", lambda *args: (seen.append(capsys.readouterr().err), decode(*args))[1])
+    decode, seen, shown = steps.decode, [], standard_error(monkeypatch)
+    monkeypatch.setattr(steps, "decode", lambda *args: (seen.append(shown("0/12")), decode(*args))[1])
     cli("text2text", "--max-tokens", 12, "--prompts", "why")
     assert "decoding:   0%" in seen[0]
     assert "0/12" in seen[0]
@@ -277,20 +296,21 @@ def test_quiet(cli, picture):
 @pytest.mark.parametrize("steps", [2, 5])
 def test_steps_are_evaluations_plus_one(tiny, monkeypatch, steps):
     """REGRESSION 10, 11: a picture would get one evaluation too many, or one of a single evaluation would be NaN."""
-    calls, states, denoise = [], [], engine_module.denoise
+    calls, counted, denoise = [], [], loop.denoise
 
     def watched(*args):
-        states.append(int((state := denoise(*args)).step))
-        return state
+        counted.append(int(args[-1]))
+        return denoise(*args)
 
-    monkeypatch.setattr(engine_module, "denoise", watched)
+    monkeypatch.setattr(loop, "denoise", watched)
     size = {"height": 96, "width": 160}
     result = tiny.generate("text2img", "a red bench", steps=steps, **size, progress=lambda *call: calls.append(call))
-    assert calls == [("denoise", done, steps - 1) for done in range(steps)]
-    assert states == list(range(1, steps))
+    assert calls == [("denoise", int(done), steps - 1) for done in np.cumsum([0, *counted])]
+    assert sum(counted) == steps - 1
     assert np.isfinite(result.latents).all()
+    counted.clear()
     unwatched = tiny.generate("text2img", "a red bench", steps=steps, **size)
-    assert states[-1] == steps - 1
+    assert counted == [steps - 1]  # in one call, since nobody waits for anything
     assert np.array_equal(result.latents, unwatched.latents)  # to be watched changes nothing
 
 
@@ -348,11 +368,11 @@ def test_no_jax_before_it_is_needed(code):
 
 @pytest.fixture(scope="module")
 def two_processes(tiny_dir, cases_dir, tmp_path_factory):
-    """The same golden request in two processes after each other, with a cache folder that is empty at first."""
+    """The same golden request in two processes after each other, as a user would start them, with no cache at first."""
     folder = tmp_path_factory.mktemp("processes")
     case = Case.read(cases_dir, "text2text")
-    env = {"XDG_CACHE_HOME": str(folder / "cache"), "JAX_COMPILATION_CACHE_DIR": None}
-    env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = None
+    names = ("COMPILATION_CACHE_DIR", "PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "DISABLE_MOST_OPTIMIZATIONS")
+    env = {"XDG_CACHE_HOME": str(folder / "cache"), "XLA_FLAGS": None} | {f"JAX_{name}": None for name in names}
     ran = []
     for i in range(2):
         options = "--model", tiny_dir, "--modality", "text2text", "--dtype", "float32", "--quiet"

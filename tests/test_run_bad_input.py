@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -16,8 +17,9 @@ from commands import Cli, process, small_copy
 from PIL import Image, features
 from safetensors.numpy import load_file, save_file
 
+from bagel_jax.bagel import Bagel
 from bagel_jax.checkpoint.source import ModelSource
-from bagel_jax.engine import Bagel
+from bagel_jax.diffusion import loop
 
 GOOD = ("--height", 96, "--width", 160, "--prompts", "a red bench")
 
@@ -320,23 +322,31 @@ def test_one_bad_picture_among_three(cli, cases_dir, tmp_path):
     assert ran.out == first["text"] + "\n" + last["text"] + "\n"
 
 
-def test_request_that_fails_while_it_runs(cli, tiny, monkeypatch):
+@pytest.mark.parametrize("crashes", [False, True], ids=["not finite", "the device fails"])
+def test_request_that_fails_while_it_runs(cli, tiny, monkeypatch, crashes):
     """One failure would cost the pictures of all others, or would look like success."""
-    denoise = Bagel._denoise
+    prepare, denoise = Bagel.prepare, loop.denoise
+    said = "the device is out of memory" if crashes else "the latents are not finite"
 
-    def fails(self, prepared, *args):
-        if prepared.request.seed == 1:
-            raise FloatingPointError("the latents are not finite")
-        return denoise(self, prepared, *args)
+    def spoiled(self, request):
+        made = prepare(self, request)
+        return dataclasses.replace(made, initial_latent=made.initial_latent * np.nan) if request.seed == 1 else made
 
-    monkeypatch.setattr(Bagel, "_denoise", fails)
+    def crashing(static, params, state, *args):
+        if np.isnan(state.latents).any():
+            raise RuntimeError(said)
+        return denoise(static, params, state, *args)
+
+    monkeypatch.setattr(Bagel, "prepare", spoiled)
+    if crashes:
+        monkeypatch.setattr(loop, "denoise", crashing)
     monkeypatch.setattr(Bagel, "open", lambda *_: tiny)
     size = "--height", 96, "--width", 160, "--steps", 2
     ran = cli("text2img", *size, "--quiet", "--prompts", "a", "b", "c")
     assert ran.code == 1
-    assert ran.err == "error: request 1 failed: the latents are not finite\n"
+    assert re.fullmatch(f"error: request 1 failed: {said}.*\n", ran.err)
     assert ["error" in record for record in ran.records] == [False, True, False]
-    assert "the latents are not finite" in ran.records[1]["error"]
+    assert said in ran.records[1]["error"]
     assert sorted(path.name for path in ran.folder.glob("*.png")) == ["output_0.png", "output_2.png"]
 
 
@@ -345,8 +355,12 @@ def test_request_that_fails_while_it_runs(cli, tiny, monkeypatch):
     [
         (("--page-size", 48), "--page-size"),
         (("--num-pages", 1), "num_pages is 1; it must be a whole number, at least 2"),
-        (("--max-num-seqs", 0), "max_num_seqs is 0"),
-        (("--max-num-seqs", 64, "--max-num-batched-tokens", 32), "max_num_batched_tokens is 32"),
+        (("--ar-max-num-seqs", 0), "ar_max_num_seqs is 0"),
+        (("--ar-max-num-seqs", 64, "--max-num-batched-tokens", 32), "max_num_batched_tokens is 32"),
+        (("--max-num-seqs", 0), "ar_max_num_seqs is 0"),  # its name before stage 1 had one of its own
+        (("--dit-max-num-seqs", 0), "dit_max_num_seqs is 0"),
+        (("--topology", "three-stage"), "--topology"),
+        (("--ar-device", -1), "ar_device is -1"),
         (("--attention", "flash"), "--attention"),
         (("--top-p", 0), "top_p is 0"),
         (("--top-k", -1), "top_k is -1"),

@@ -12,9 +12,9 @@ from commands import Ran, process
 from PIL import Image
 
 from bagel_jax import MODALITIES
+from bagel_jax.bagel import Bagel
 from bagel_jax.demo.example import EXAMPLES, MODEL
 from bagel_jax.demo.world import COLORS, Scene, draw
-from bagel_jax.engine import Bagel
 from bagel_jax.run import main
 
 NOTE = (
@@ -214,7 +214,7 @@ def test_help_tells_of_the_default(capsys):
     with pytest.raises(SystemExit):
         main(["--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "[--model DIR] --modality" in text
+    assert "[--model DIR] [--modality" in text
     assert "default: the bundled demo model" in text
 
 

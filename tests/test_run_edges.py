@@ -10,7 +10,7 @@ import pytest
 from commands import Cli
 from safetensors.numpy import load_file, save_file
 
-from bagel_jax.engine import Bagel
+from bagel_jax.bagel import Bagel
 from bagel_jax.errors import InputError
 
 SMALL = ("--height", 64, "--width", 64, "--steps", 2)

@@ -1,4 +1,4 @@
-"""Settings of stage 0, and which attention is chosen."""
+"""Settings of the stages, and which attention is chosen."""
 
 from __future__ import annotations
 
@@ -11,14 +11,19 @@ from bagel_jax.settings import ATTENTION_VARIABLE, ServingSettings, attention_ba
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"max_num_seqs": 0}, "max_num_seqs is 0"),
+        ({"ar_max_num_seqs": 0}, "ar_max_num_seqs is 0"),
         ({"max_num_batched_tokens": 8}, "max_num_batched_tokens is 8"),
         ({"page_size": 48}, "page_size is 48.*16, 32, 64, 128"),
         ({"num_pages": 1}, "num_pages is 1"),
         ({"num_pages": 2.5}, "num_pages is 2.5"),
         ({"prefix_cache": "no"}, "prefix_cache is 'no'"),
+        ({"dit_max_num_seqs": 0}, "dit_max_num_seqs is 0"),
+        ({"vae_tiling": 1}, "vae_tiling is 1"),
+        ({"topology": "three-stage"}, "topology is 'three-stage'.*two-stage, single-stage"),
+        ({"ar_device": -1}, "ar_device is -1"),
+        ({"dit_device": "gpu"}, "dit_device is 'gpu'"),
         ({"attention": "flash"}, "attention is 'flash'.*auto, reference, xla, pallas"),
-        ({"max_num_seqs": 64, "max_num_batched_tokens": 32}, "max_num_batched_tokens is 32.*max_num_seqs, 64"),
+        ({"ar_max_num_seqs": 64, "max_num_batched_tokens": 32}, "max_num_batched_tokens is 32.*ar_max_num_seqs, 64"),
     ],
 )
 def test_bad_settings(wrong, message):

@@ -19,6 +19,7 @@ import small
 from commands import script_runner
 from safetensors import safe_open
 
+from bagel_jax.bagel import Bagel
 from bagel_jax.checkpoint.export import export, stored_arrays
 from bagel_jax.checkpoint.files import CheckpointFiles
 from bagel_jax.checkpoint.load import PublishedCheckpoint
@@ -26,7 +27,6 @@ from bagel_jax.checkpoint.sizes import read_config
 from bagel_jax.checkpoint.source import ModelSource
 from bagel_jax.checkpoint.store import MANIFEST, convert
 from bagel_jax.config import BagelConfig
-from bagel_jax.engine import Bagel
 from bagel_jax.errors import InputError
 from bagel_jax.models.weights import Weights, abstract_weights, flatten
 

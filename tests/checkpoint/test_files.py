@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from checkpoints import FILES, INDEX
 
+from bagel_jax.bagel import Bagel
 from bagel_jax.checkpoint.files import CheckpointFiles
-from bagel_jax.engine import Bagel
 from bagel_jax.errors import InputError
 
 EMA, AE = FILES["ema"], FILES["ae"]

@@ -210,7 +210,7 @@ def child(code: str, *args: object, **environment: str) -> dict:
 _LOAD = """
 import json, sys
 import jax, jax.numpy as jnp
-from bagel_jax.engine import Bagel
+from bagel_jax.bagel import Bagel
 def memory(name):
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name + ":"))
 model = Bagel.open(sys.argv[1], dtype="bfloat16")

@@ -18,13 +18,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from bagel_jax.bagel import Bagel
 from bagel_jax.checkpoint import store
 from bagel_jax.checkpoint.files import CheckpointFiles
 from bagel_jax.checkpoint.load import PublishedCheckpoint
 from bagel_jax.checkpoint.sizes import read_config
 from bagel_jax.checkpoint.source import ModelSource
 from bagel_jax.checkpoint.store import MANIFEST, convert
-from bagel_jax.engine import Bagel
 from bagel_jax.errors import InputError
 from bagel_jax.models.weights import Weights, flatten
 
@@ -321,7 +321,7 @@ DAMAGE = {
 
 _LOAD_ALL = """
 import json, sys
-from bagel_jax.engine import Bagel
+from bagel_jax.bagel import Bagel
 said = {}
 for directory in sys.argv[1:]:
     try:

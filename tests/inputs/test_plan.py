@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import jax.numpy as jnp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bagel_jax.handoff import hand_over
+from bagel_jax.handoff import branches, tables
 from bagel_jax.inputs.plan import Contexts, PictureGrids, Placed, Text, VaeImage, View, VitImage, contexts, place, plan
-from bagel_jax.models.attention import KV
 
 A, B, SYSTEM, NEGATIVE = (
     Text((1, 10, 11, 2)),
@@ -131,27 +129,30 @@ def test_vit_and_latent_blocks_are_not_mixed_up():
     assert VitImage(0, 2, 2) != VitImage(1, 2, 2)
 
 
-def test_equal_contexts_are_one_row():
+def test_equal_contexts_are_one_view():
     """Guidance of text2img costs three evaluations instead of two."""
-    cache = KV(jnp.zeros((1, 64, 1, 2)), jnp.zeros((1, 64, 1, 2)))
     made = planned(A)
-    context = hand_over({0: cache}, made.main, made.text, made.img)
-    assert (context.rows, context.text_row, context.img_row) == ((0, 0), 1, 0)
-    assert (context.length.tolist(), context.rope.tolist()) == ([4, 0], [4, 0])
-    assert len(context.caches) == 1
+    views, text_view, img_view = branches(made.main, made.text, made.img)
+    assert (views, text_view, img_view) == ([View(0, 4, 4), View(0, 0, 0)], 1, 0)
 
 
 def test_contexts_handed_over_are_the_right_ones():
-    """Rows are paired with another branch's cache, length or position."""
-    caches = [KV(jnp.full((1, 64, 1, 2), i), jnp.full((1, 64, 1, 2), -i)) for i in (7.0, 8.0, 9.0)]
+    """Views are paired with another branch's cache, length or position."""
     made = planned(FIRST, A, negative=NEGATIVE)
-    context = hand_over(dict(enumerate(caches)), made.main, made.text, made.img)
-    assert [float(context.caches[row].k[0, 0, 0, 0]) for row in context.rows] == [7, 8, 9]
-    assert (context.text_row, context.img_row) == (1, 2)
-    assert (context.length.tolist(), context.rope.tolist()) == ([34, 36, 4], [6, 8, 4])
+    wanted = [View(0, 34, 6), View(1, 36, 8), View(2, 4, 4)], 1, 2
+    assert branches(made.main, made.text, made.img) == wanted
     last = planned(A, FIRST)
-    context = hand_over({0: caches[0]}, last.main, last.text, last.img)
-    assert (context.rows, context.text_row, context.img_row) == ((0, 0), 0, 1)
+    assert branches(last.main, last.text, last.img) == ([View(0, 34, 6), View(0, 4, 4)], 0, 1)
+
+
+@given(st.lists(st.lists(st.integers(1, 20), unique=True, max_size=5), min_size=1, max_size=3))
+def test_pages_of_views(views):
+    """A page that two views share is handed over twice, or a view's pages are another's or in another order."""
+    own, table = tables(views)
+    assert sorted(own.tolist()) == sorted({page for pages in views for page in pages})
+    for row, pages in zip(table, views, strict=True):
+        assert [int(own[i]) for i in row[: len(pages)]] == pages
+        assert not row[len(pages) :].any()
 
 
 texts = st.builds(Text, st.lists(st.integers(0, 3), min_size=1, max_size=4).map(tuple))

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import pytest
 from training import SIX_STEPS, write_config
 
@@ -23,28 +20,9 @@ class Run(NamedTuple):
     state: TrainState  # the last one
 
 
-@contextmanager
-def compiled_quickly() -> Iterator[None]:
-    """Programs that run for milliseconds are compiled in half the time, here and in processes that tests start."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-        jax.config.update("jax_disable_most_optimizations", True)
-        yield
-        jax.config.update("jax_disable_most_optimizations", before)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation() -> Iterator[None]:
-    """For all tests here."""
-    with compiled_quickly():
-        yield
-
-
 @pytest.fixture(scope="session")
 def six_steps(tmp_path_factory) -> Run:
     """Six steps without a break."""
     folder = tmp_path_factory.mktemp("six")
     c, path = write_config(folder, **SIX_STEPS)
-    with compiled_quickly():
-        return Run(folder, Path(c.output), train(c, path, quiet=True))
+    return Run(folder, Path(c.output), train(c, path, quiet=True))

@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 from training import TINY, tiny_checkpoint, tiny_weights, write_config
 
+from bagel_jax.bagel import Bagel
 from bagel_jax.checkpoint.source import ModelSource
-from bagel_jax.engine import Bagel
 from bagel_jax.errors import InputError
 from bagel_jax.inputs.pictures import prepare_picture
 from bagel_jax.models.weights import fill, flatten
