@@ -28,14 +28,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
-from pallas.ragged_batches import TOLERANCE, draw, draw_decode  # noqa: E402
+from pallas.ragged_batches import TOLERANCE, draw, draw_blocks, draw_decode  # noqa: E402
 
-from bagel_jax.pallas.paged_attention.api import (  # noqa: E402
-    BACKENDS,
-    paged_attention,
-    paged_decode,
-    prefix_attention,
-)
+from bagel_jax.pallas.paged_attention.api import BACKENDS, paged_attention, paged_decode  # noqa: E402
 from bagel_jax.pallas.paged_attention.pages import empty_pages  # noqa: E402
 
 HEADS, KV_HEADS, WIDTH, PAGE = 28, 4, 128, 64  # of BAGEL-7B-MoT
@@ -81,26 +76,6 @@ def check(name: str, batch, function, dtype: str, backend: str) -> bool:
     return say(name, error, lse_error, right and bool((np.isneginf(lse) == ~seen).all()))
 
 
-def check_prefix(lengths: list[int], size: int, real: list[int], backend: str) -> bool:
-    """Stage 1's entry against the reference in float32."""
-    sizes = {"heads": 14, "kv_heads": 2, "width": 128, "page": 64, "padding": 0, "dtype": str(DTYPE)}
-    batch = draw(5, lengths, [0] * len(lengths), **sizes)
-    generator = np.random.default_rng(6)
-    fresh = [jnp.asarray(generator.standard_normal((len(lengths), size, n, 128)), DTYPE) for n in (14, 2, 2)]
-    layer, table = batch.arguments()[2:4]
-    counts = jnp.asarray(lengths, jnp.int32), jnp.asarray(real, jnp.int32)
-
-    def attend(backend, dtype):
-        arguments = *(x.astype(dtype) for x in fresh), jnp.asarray(batch.pages, dtype), layer, table, *counts
-        return np.asarray(jax.jit(partial(prefix_attention, backend=backend))(*arguments), np.float64)
-
-    out, truth = attend(backend, DTYPE), attend("reference", jnp.float32)
-    keep = np.arange(size) < np.asarray(real)[:, None]
-    error = distance(out[keep], truth[keep])
-    right = error < TOLERANCE[str(DTYPE)] and bool(np.isfinite(out).all())
-    return say(f"prefix {lengths}, {backend}", error, 0, right)
-
-
 def check_all(backend: str) -> bool:
     """Shapes, pages, lengths on and beside their borders, empty contexts."""
     right = []
@@ -116,6 +91,8 @@ def check_all(backend: str) -> bool:
     others = [
         ("long, all queries", draw(7, [700, 300], [700, 300], **sizes), paged_attention),
         ("long, last queries", draw(8, [1500, 64, 1100], [130, 64, 1], **sizes), paged_attention),
+        ("denoise, 4 rows", draw_blocks(5, [33, 0, 640, 7], [200, 129, 64, 0], 200, **sizes), paged_attention),
+        ("denoise, no context", draw_blocks(6, [0, 0], [128, 1], 128, **sizes), paged_attention),
         ("decode, long", draw_decode(10, [3000, 2049, 1], **sizes), paged_decode),
         ("decode, G 1", draw_decode(11, [300] * 40, width=64, heads=2, dtype=dtype), paged_decode),
     ]
@@ -123,8 +100,6 @@ def check_all(backend: str) -> bool:
     if PLATFORM == "gpu":
         half = draw(9, [300, 65], dtype="float16", width=64, page=32)
         right.append(check(f"float16, {backend}", half, paged_attention, "float16", backend))
-    right.append(check_prefix([33, 0, 640], 200, [200, 129, 64], backend))
-    right.append(check_prefix([0, 0], 128, [128, 1], backend))
     return all(right)
 
 
@@ -230,27 +205,28 @@ def prefill(queries: int, context: int, causal: bool, pages, backend: str) -> Ca
     return timer(call, q, pages, random_table(pages, 1, length), ends.astype(jnp.int32), layers=pages.shape[0])
 
 
-def prefix(queries: int, lengths: list[int], pages, backend: str) -> Callable[[], float]:
-    """The timer of stage 1: rows of queries that see prefixes of these lengths and each other."""
-    rows = len(lengths)
+def denoise(queries: int, contexts: list[int], pages, backend: str) -> Callable[[], float]:
+    """The timer of stage 1: a block of queries for each of these contexts, which see it and each other."""
+    rows = len(contexts)
+    offsets = jnp.arange(rows + 1, dtype=jnp.int32) * queries
 
-    def call(q, k, v, pages, table, seen, layer):
-        return prefix_attention(q, k, v, pages, layer, table, seen, backend=backend)
+    def call(q, pages, table, ends, layer):
+        return paged_attention(q, pages, layer, table, offsets, ends, backend=backend)
 
-    table, seen = random_table(pages, rows, max(lengths)), jnp.asarray(lengths, jnp.int32)
-    q = normal(rows, queries, HEADS, WIDTH)
-    return timer(call, q, *dense(rows, queries), pages, table, seen, layers=pages.shape[0])
+    table = random_table(pages, rows, max(contexts) + queries)
+    ends = jnp.repeat(jnp.asarray(contexts, jnp.int32) + queries, queries)
+    return timer(call, normal(rows * queries, HEADS, WIDTH), pages, table, ends, layers=pages.shape[0])
 
 
 def time_all(backends: list[str]) -> None:
     """All sizes with all of these."""
     if PLATFORM == "cpu":
         decodes, blocks = [(1, 512), (8, 1024)], [(66, 128, False), (258, 512, False), (256, 0, True)]
-        first, pages = (130, [128, 300]), make_pages(2, 200)
+        edit, pages = (130, [128, 300, 30]), make_pages(2, 200)
     else:
         decodes = [(1, 8192), (16, 8192), (64, 8192)]
         blocks = [(4098, 1024, False), (4902, 0, False), (4096, 0, True)]
-        first, pages = (4098, [4100, 9216, 6500]), make_pages(4, 8300)
+        edit, pages = (4098, [4098, 9216, 30]), make_pages(4, 8300)
 
     def calls(make, *sizes, without=()):
         return {name: partial(make, *sizes, pages, name) for name in backends if name not in without}
@@ -264,10 +240,10 @@ def time_all(backends: list[str]) -> None:
         name = f"prefill {queries} over {context}{' causal' * causal}"
         some = calls(prefill, queries, context, causal, without=without)
         compare(name, 4 * pairs * HEADS * WIDTH / 1e12, "TFLOP/s", some)
-    queries, lengths = first
-    amount = 4 * queries * (len(lengths) * queries + sum(lengths)) * HEADS * WIDTH / 1e12
-    some = calls(prefix, queries, lengths, without=["cudnn"])  # it knows no pages
-    compare(f"prefix {len(lengths)} x {queries} over {lengths}", amount, "TFLOP/s", some)
+    queries, contexts = edit
+    amount = 4 * queries * (len(contexts) * queries + sum(contexts)) * HEADS * WIDTH / 1e12
+    some = calls(denoise, queries, contexts, without=["cudnn"])  # it knows no pages
+    compare(f"denoise {len(contexts)} x {queries} over {contexts}", amount, "TFLOP/s", some)
 
 
 def time_pools(backend: str) -> None:

@@ -84,7 +84,7 @@ def texts(generator, count: int, words: int, tokens: int) -> list[Request]:
 
 def throughput(args, tokenizer: Tokenizer) -> None:
     """Prefill and decode tokens a second at several batch sizes."""
-    stage = make_stage(args, tokenizer, prefix_cache=False, max_num_seqs=max(BATCHES))
+    stage = make_stage(args, tokenizer, prefix_cache=False, ar_max_num_seqs=max(BATCHES))
     generator = np.random.default_rng(0)
     speeds = {batch: ([], []) for batch in BATCHES}
     for turn in range(args.turns + 1):

@@ -347,7 +347,7 @@ def _run(args: argparse.Namespace) -> None:
     changed = {name: getattr(args, name) for name in _SETTINGS if getattr(args, name) is not None}
     settings = {some[0].task: request(some[0], changed).applicable_settings() for some in asked}
 
-    from bagel_jax.engine import Bagel  # late: brings jax, and bad arguments are found without it
+    from bagel_jax.bagel import Bagel  # late: brings jax, and bad arguments are found without it
 
     model = Bagel.open(args.model, args.dtype)
     _make_room(args.save, args.json)
