@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from bagel_jax.checkpoint.source import ModelSource
 from bagel_jax.config import BagelConfig
 from bagel_jax.demo.example import MODEL
-from bagel_jax.engine import Engine
+from bagel_jax.engine import Engine, stage_devices
 from bagel_jax.errors import InputError
 from bagel_jax.handle import Done, Handle, Progress, TextDelta
 from bagel_jax.handoff import ContextKV
@@ -74,6 +74,7 @@ class Bagel:
             )
         self.load_seconds: float | None = None
         self.settings = settings or ServingSettings()
+        stage_devices(self.settings)  # before the weights are loaded
         self._source = source
         self._weights: Weights | None = None
         self._engine: Engine | None = None
@@ -188,6 +189,10 @@ class Bagel:
         room = self.settings.ar_max_num_seqs + self.settings.dit_max_num_seqs
         events: queue.SimpleQueue[tuple[Handle, TextDelta | Progress | Done]] = queue.SimpleQueue()
         counts = _Counts(progress)
+
+        def sink(handle: Handle, event: TextDelta | Progress | Done) -> None:
+            events.put((handle, event))
+
         work: dict[str, Handle] = {}
         more = True
         try:
@@ -199,7 +204,6 @@ class Bagel:
                         break
                     request = one.request if isinstance(one, Prepared) else one
                     try:
-                        sink = lambda handle, event: events.put((handle, event))  # noqa: E731
                         handle = engine.submit(self._prepared(one), sink=sink, watched=progress is not None)
                     except Exception as error:  # whatever happens to one request, the others go on
                         yield request, error
@@ -233,6 +237,8 @@ class Bagel:
 
     def denoise(self, request: Request | Prepared, context: ContextKV) -> Result:
         """Makes a request's picture from its context; the request is to have the context's request_id.
+
+        The plan of think mode is part of the context, but the result has no text.
 
         Raises:
             InputError: the context is not this request's, or of a model of other sizes.

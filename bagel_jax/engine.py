@@ -76,14 +76,15 @@ class Engine:
     ):
         self.settings, self._tokenizer, self._load_seconds = settings, tokenizer, load_seconds
         ours = (config, dtype, tokenizer, settings)
-        self.ar = ContextStage(weights.on(_device("ar_device", settings.ar_device)), *ours)
-        self.dit = DenoiseStage(weights.on(_device("dit_device", settings.dit_device)), *ours)
+        ar_device, dit_device = stage_devices(settings)
+        self.ar = ContextStage(weights.on(ar_device), *ours)
+        self.dit = DenoiseStage(weights.on(dit_device), *ours)
         # Stretches of work of each stage ("ar", "dit"), of which old ones are forgotten.
         self.work: deque[Span] = deque(maxlen=100_000)
         self._wake = threading.Condition()  # its lock guards all that follows
         self._records: dict[str, _Record] = {}
         self._new: deque[_Record] = deque()  # to stage 0
-        self._ready: deque[str] = deque()  # contexts that stage 1 has no room for yet
+        self._ready: deque[_Record] = deque()  # whose contexts stage 1 has no room for yet
         self._moving: dict[str, int] = {}  # on the way to stage 1: pages
         self._arrived: deque[tuple[_Record, ContextKV]] = deque()  # to stage 1
         self._cancelled: tuple[deque[str], deque[str]] = deque(), deque()  # to tell each stage of
@@ -128,7 +129,7 @@ class Engine:
                 self._new.append(record)
             else:
                 record.ready = time.perf_counter()
-                self._ready.append(request.request_id)
+                self._ready.append(record)
             self._start_threads()
             self._changed()
         return handle
@@ -136,17 +137,13 @@ class Engine:
     def close(self) -> None:
         """Cancels what is in work and waits until both stages have let go of it."""
         with self._wake:
-            handles, threads = [record.handle for record in self._records.values()], list(self._threads.values())
+            handles = [record.handle for record in self._records.values()]
         for handle in handles:
             handle.cancel()
+        with self._wake:
+            threads = list(self._threads.values())
         for thread in threads:
             thread.join()
-
-    def __enter__(self) -> Engine:
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()
 
     def _changed(self) -> None:
         """Wakes both threads; the lock is held."""
@@ -184,7 +181,11 @@ class Engine:
         """Stage 0 takes in what is new, hands over what there is room for, and takes a step; False: nothing to do."""
         with self._wake:
             new, dropped = _drain(self._new), _drain(self._cancelled[0])
+        for request_id in dropped:  # first: an id that was cancelled may be taken again at once
+            self.ar.cancel(request_id)
         for record in new:
+            if record.handle.done():
+                continue
             try:
                 self.ar.submit(record.prepared)
                 if record.prepared.request.makes_picture:
@@ -192,8 +193,6 @@ class Engine:
             except Exception as error:
                 self.ar.cancel(record.handle.request_id)
                 self._end(record.handle.request_id, error)
-        for request_id in dropped:
-            self.ar.cancel(request_id)
         moved = self._hand_over()
         if not self.ar.busy:
             return bool(new or dropped or moved)
@@ -203,9 +202,9 @@ class Engine:
         for event in events:
             with self._wake:
                 record = self._records.get(event.request_id)
-            if record is None:
-                self.ar.cancel(event.request_id)  # cancelled meanwhile
-            elif isinstance(event, Tokens):
+            if record is None:  # cancelled meanwhile, of which the next turn tells the stage
+                continue
+            if isinstance(event, Tokens):
                 self._tell_text(record, event.ids)
             elif isinstance(event, Failed):
                 self._end(event.request_id, event.error)
@@ -220,20 +219,23 @@ class Engine:
             with self._wake:
                 if not self._ready:
                     return moved
-                record = self._records.get(self._ready[0])
-                if record is None:  # cancelled meanwhile
-                    self.ar.cancel(self._ready.popleft())
+                record = self._ready[0]
+                request_id, given = record.handle.request_id, record.context
+                if record.handle.done():  # cancelled meanwhile
+                    self._ready.popleft()
                     continue
-                request_id = record.handle.request_id
-                given = record.context
                 pages = self.ar.pages_ready(request_id) if given is None else given.num_pages
-                if pages is None or not (record.only_context or self._has_room(record, pages)):
+                if pages is None or not self._has_room(record, pages):
                     return moved
                 self._ready.popleft()
             moved = True
-            context = (self.ar.take(request_id) if given is None else given).move(self.dit.place)
-            if record.only_context:
-                self._end(request_id, context)
+            try:
+                context = (self.ar.take(request_id) if given is None else given).move(self.dit.place)
+            except Exception as error:  # a device may be full
+                with self._wake:
+                    self._moving.pop(request_id)
+                self.ar.cancel(request_id)
+                self._end(request_id, error)
                 continue
             with self._wake:
                 self._arrived.append((record, context))
@@ -260,18 +262,27 @@ class Engine:
             clock = Clock.of(record.spans)
             result.tokens_per_second = stats.decoded_tokens / clock.seconds["decode"]
             self._tell_rest(record, result.text)
+        if record.only_context:
+            try:
+                self._end(event.request_id, self.ar.take(event.request_id))
+            except Exception as error:
+                self.ar.cancel(event.request_id)
+                self._end(event.request_id, error)
+            return
         if not record.prepared.request.makes_picture:
             self._end(event.request_id, result)
             return
         with self._wake:
             record.ready = time.perf_counter()
-            self._ready.append(event.request_id)
+            self._ready.append(record)
             self._changed()
 
     def _dit_turn(self) -> bool:
         """Stage 1 takes in the contexts that have arrived and does some steps; False: there was nothing to do."""
         with self._wake:
             arrived, dropped = _drain(self._arrived), _drain(self._cancelled[1])
+        for request_id in dropped:
+            self.dit.cancel(request_id)
         for record, context in arrived:
             request_id = record.handle.request_id
             try:
@@ -284,8 +295,6 @@ class Engine:
             with self._wake:
                 self._moving.pop(request_id)
                 self._changed()
-        for request_id in dropped:
-            self.dit.cancel(request_id)
         if not self.dit.busy:
             return bool(arrived or dropped)
         started = time.perf_counter()
@@ -295,8 +304,8 @@ class Engine:
             with self._wake:
                 record = self._records.get(event.request_id)
             if record is None:
-                self.dit.cancel(event.request_id)
-            elif isinstance(event, Steps):
+                continue
+            if isinstance(event, Steps):
                 record.handle.tell(Progress(event.done, event.total))
             elif isinstance(event, Failed):
                 self._end(event.request_id, event.error)
@@ -336,8 +345,10 @@ class Engine:
             requests = list(self._records)
         for request_id in requests:
             self._end(request_id, error)
+            self._cancel(request_id)
 
     def _cancel(self, request_id: str) -> None:
+        """Forgets a request, and makes both stages drop it."""
         with self._wake:
             self._records.pop(request_id, None)
             for dropped in self._cancelled:
@@ -368,8 +379,15 @@ def _drain(things: deque) -> list:
     return taken
 
 
-def _device(name: str, number: int) -> jax.Device:
+def stage_devices(settings: ServingSettings) -> list[jax.Device]:
+    """The device of stage 0 and that of stage 1.
+
+    Raises:
+        InputError: there is no such device.
+    """
     devices = jax.local_devices()
-    if number >= len(devices):
-        raise InputError(f"{name} is {number}; there are {len(devices)} devices, numbered from 0")
-    return devices[number]
+    for name in ("ar_device", "dit_device"):
+        number = getattr(settings, name)
+        if number >= len(devices):
+            raise InputError(f"{name} is {number}; there are {len(devices)} devices, numbered from 0")
+    return [devices[settings.ar_device], devices[settings.dit_device]]

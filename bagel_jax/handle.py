@@ -61,6 +61,7 @@ class Handle:
         self.request = request
         self.watched = watched
         self._future: Future[Result | ContextKV] = Future()
+        self._future.set_running_or_notify_cancel()  # a task that awaits it and is cancelled leaves it as it is
         self._cancel, self._sink = cancel, sink
         self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
 

@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 from bagel_jax.errors import InputError
 from bagel_jax.inputs.plan import View
 
+VIEWS = 3  # of a context at most: as many as there are guidance branches
 _FORMAT = "bagel_jax context"
 _VERSION = 1
 
@@ -58,7 +59,8 @@ class ContextKV:
         if not all(hasattr(x, "shape") for x in (self.page_table, self.length, self.rope)):
             return
         views = self.page_table.shape[:1]
-        if self.length.shape != views or self.rope.shape != views or max(self.text_view, self.img_view) >= views[0]:
+        branch_views = min(self.text_view, self.img_view) >= 0 and max(self.text_view, self.img_view) < views[0]
+        if self.length.shape != views or self.rope.shape != views or not branch_views:
             raise ValueError(
                 f"the context of {self.request_id} has tables of {views[0]} views, lengths of {self.length.shape}, "
                 f"positions of {self.rope.shape} and branches {self.text_view} and {self.img_view}"
@@ -85,7 +87,7 @@ class ContextKV:
         """Reads what `save` wrote.
 
         Raises:
-            InputError: the file cannot be read, is none of ours, or of another version.
+            InputError: the file cannot be read, is none of ours, is damaged, or of another version.
         """
         try:
             with safe_open(path, framework="numpy") as file:
@@ -95,13 +97,19 @@ class ContextKV:
             raise InputError(f"context {path} cannot be read ({error}); ContextKV.save writes one") from None
         if metadata.get("format") != _FORMAT:
             raise InputError(f"{path} is not a saved context; ContextKV.save writes one")
-        if metadata["version"] != str(_VERSION):
+        if metadata.get("version") != str(_VERSION):
             raise InputError(
-                f"context {path} is of version {metadata['version']}; this program reads version {_VERSION}, so "
+                f"context {path} is of version {metadata.get('version')}; this program reads version {_VERSION}, so "
                 "compute it again"
             )
-        about = json.loads(metadata["context"])
-        return cls(**arrays, **about | {"image_shape": tuple(about["image_shape"])})
+        try:
+            about = json.loads(metadata["context"])
+            context = cls(**arrays, **about | {"image_shape": tuple(about["image_shape"])})
+            if context.num_pages > context.pages.shape[1] or context.page_table.min() < 0:
+                raise ValueError(f"a table names page {context.num_pages - 1} of {context.pages.shape[1]}")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"context {path} is damaged ({error}); compute it again") from None
+        return context
 
 
 def branches(main: View, text: View, img: View) -> tuple[list[View], int, int]:

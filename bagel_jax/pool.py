@@ -78,6 +78,14 @@ def page_bytes(config: BagelConfig, page_size: int, dtype) -> int:
     return c.num_layers * c.num_kv_heads * 2 * page_size * c.head_dim * jnp.dtype(dtype).itemsize
 
 
+def free_bytes(device: jax.Device, share: float) -> int:
+    """A share of a device's free memory; on a CPU a quarter of the machine's."""
+    stats = device.memory_stats() or {}
+    if "bytes_limit" in stats:
+        return int(share * (stats["bytes_limit"] - stats["bytes_in_use"]))
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+
+
 def choose_num_pages(config: BagelConfig, settings: ServingSettings, dtype, device: jax.Device) -> int:
     """The number of pages that the settings give, or else one that suits the device, page 0 included.
 
@@ -89,11 +97,7 @@ def choose_num_pages(config: BagelConfig, settings: ServingSettings, dtype, devi
         InputError: there is no memory for so many pages, or not even for one.
     """
     wanted = settings.ar_max_num_seqs * context_pages(config, settings.page_size) + 1
-    stats = device.memory_stats() or {}
-    if "bytes_limit" in stats:
-        budget = int(0.6 * (stats["bytes_limit"] - stats["bytes_in_use"]))
-    else:
-        budget = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+    budget = free_bytes(device, 0.6)
     a_page = page_bytes(config, settings.page_size, dtype)
     affordable = budget // a_page
     if affordable < 2:
@@ -106,6 +110,6 @@ def choose_num_pages(config: BagelConfig, settings: ServingSettings, dtype, devi
     if settings.num_pages > affordable:
         raise InputError(
             f"num_pages is {settings.num_pages}, of {a_page} bytes each; the device has room for {affordable} beside "
-            f"all else"
+            "all else, so give a smaller one"
         )
     return settings.num_pages

@@ -257,6 +257,9 @@ def _run_turns(args: argparse.Namespace) -> int:
     turns = read_turns(args.turns, usual)
     settings, output = _serving(args), output_folder(args.output)
 
+    if args.model is None and not args.quiet:
+        print(f"note: {_DEMO_NOTE}", file=sys.stderr, flush=True)
+
     from bagel_jax.bagel import Bagel
 
     model = Bagel.open(args.model, args.dtype, settings)

@@ -20,7 +20,7 @@ from typing import Any
 from PIL import Image
 
 from bagel_jax.errors import InputError
-from bagel_jax.request import Request, Result, Settings, open_picture
+from bagel_jax.request import APPLICABLE, Request, Result, Settings, open_picture
 from bagel_jax.session import Session
 
 _OPTIONS = (*(field.name for field in dataclasses.fields(Settings)), "seed", "think", "negative_prompt")
@@ -84,8 +84,14 @@ def _turn(line: str, usual: Mapping[str, Any], pictures: int) -> Turn:
     for key in record:
         if key not in _OPTIONS:
             raise InputError(f"there is no setting {key}; there are {', '.join(_OPTIONS)}")
-    options = dict(usual) | record
     # What is wrong with the options shows without the pictures that the turn will see.
     seen = [image or Image.new("RGB", (16, 16))] if pictures or image is not None else []
-    Request.create(f"{'img' if seen else 'text'}2{'img' if draws else 'text'}", inputs=[*seen, prompt], **options)
+    modality = f"{'img' if seen else 'text'}2{'img' if draws else 'text'}"
+    options = {name: value for name, value in usual.items() if _concerns(name, modality)} | record
+    Request.create(modality, inputs=[*seen, prompt], **options)
     return Turn(draws, prompt, image, options)
+
+
+def _concerns(name: str, modality: str) -> bool:
+    """Whether an option that is meant for all turns has an effect on one."""
+    return name == "think" or name in APPLICABLE[modality] or (name == "negative_prompt" and modality.endswith("img"))

@@ -44,6 +44,18 @@ class Ran:
         return np.load(self.folder / f"output_{i}.latent.npy")
 
 
+def assert_refused(ran: Ran, *parts: str) -> None:
+    """Exit code 2, one sentence on stderr that names all `parts`, and nothing else anywhere."""
+    assert ran.code == 2
+    assert ran.out == ""
+    assert ran.err.startswith("error: ")
+    assert ran.err.endswith("\n")
+    assert ran.err.count("\n") == 1
+    for part in parts:
+        assert part in ran.err
+    assert not ran.folder.exists()
+
+
 class Cli:
     """`cli(modality, *options)` calls `main` on one model; each call writes to a folder of its own."""
 

@@ -29,6 +29,7 @@ from bagel_jax.models import weights  # noqa: E402
 weights.abstract_weights = functools.cache(weights.abstract_weights)
 
 from bagel_jax.bagel import Bagel  # noqa: E402
+from bagel_jax.checkpoint.source import ModelSource  # noqa: E402
 
 # Traced programs are millions of objects; looking through them all is a tenth of the run with the usual thresholds.
 gc.set_threshold(20_000, 20, 50)
@@ -52,3 +53,14 @@ def cases_dir() -> Path:
 def tiny(tiny_dir) -> Bagel:
     """The small checkpoint, loaded in float32."""
     return Bagel.load(tiny_dir, dtype="float32")
+
+
+@pytest.fixture
+def no_weights(monkeypatch) -> None:
+    """Weights must not be loaded: for a real model that takes minutes, after which nobody wants to read an error."""
+
+    def load(*_):
+        raise AssertionError("weights were loaded")
+
+    monkeypatch.setattr(ModelSource, "load", load)
+    monkeypatch.setattr(Bagel, "load_weights", load)

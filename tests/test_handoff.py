@@ -147,6 +147,30 @@ def test_regression_2_16_a_saved_view_is_missing(context, tmp_path):
         ContextKV.load(tmp_path / "bad")
 
 
+@pytest.mark.parametrize("fault", ["no version", "no json", "no field", "negative view", "page beyond", "no array"])
+def test_a_damaged_file(context, tmp_path, fault):
+    """A file that was cut, or written by hand, is a traceback, or reads another request's pages."""
+    context.save(tmp_path / "good")
+    with safe_open(tmp_path / "good", framework="numpy") as file:
+        metadata = file.metadata()
+    arrays, about = load_file(tmp_path / "good"), json.loads(metadata["context"])
+    if fault == "no version":
+        del metadata["version"]
+    elif fault == "no field":
+        del about["image_shape"]
+    elif fault == "negative view":
+        about["text_view"] = -1
+    elif fault == "page beyond":
+        arrays["page_table"] = arrays["page_table"] + 1000
+    elif fault == "no array":
+        del arrays["rope"]
+    metadata["context"] = "{" if fault == "no json" else json.dumps(about)
+    save_file(arrays, tmp_path / "bad", metadata)
+    said = "of version None" if fault == "no version" else "is damaged"
+    with pytest.raises(InputError, match=f"bad {said}.*compute it again"):
+        ContextKV.load(tmp_path / "bad")
+
+
 def test_another_requests_context(context):
     """A picture is made from the prompt of another request."""
     with pytest.raises(InputError, match="context is of request 'edit'; it must be that of 'other'"):

@@ -13,12 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from commands import Cli, process, small_copy
+from commands import Cli, assert_refused, process, small_copy
 from PIL import Image, features
 from safetensors.numpy import load_file, save_file
 
 from bagel_jax.bagel import Bagel
-from bagel_jax.checkpoint.source import ModelSource
 from bagel_jax.diffusion import loop
 
 GOOD = ("--height", 96, "--width", 160, "--prompts", "a red bench")
@@ -27,29 +26,6 @@ GOOD = ("--height", 96, "--width", 160, "--prompts", "a red bench")
 @pytest.fixture
 def cli(tiny_dir, tmp_path, capsys) -> Cli:
     return Cli(tiny_dir, tmp_path, capsys)
-
-
-@pytest.fixture
-def no_weights(monkeypatch) -> None:
-    """Weights must not be loaded: for a real model that takes minutes, after which nobody wants to read an error."""
-
-    def load(*_):
-        raise AssertionError("weights were loaded")
-
-    monkeypatch.setattr(ModelSource, "load", load)
-    monkeypatch.setattr(Bagel, "load_weights", load)
-
-
-def assert_refused(ran, *parts: str) -> None:
-    """Exit code 2, one sentence on stderr that names all `parts`, and nothing else anywhere."""
-    assert ran.code == 2
-    assert ran.out == ""
-    assert ran.err.startswith("error: ")
-    assert ran.err.endswith("\n")
-    assert ran.err.count("\n") == 1
-    for part in parts:
-        assert part in ran.err
-    assert not ran.folder.exists()
 
 
 @pytest.mark.usefixtures("no_weights")
@@ -348,52 +324,6 @@ def test_request_that_fails_while_it_runs(cli, tiny, monkeypatch, crashes):
     assert ["error" in record for record in ran.records] == [False, True, False]
     assert said in ran.records[1]["error"]
     assert sorted(path.name for path in ran.folder.glob("*.png")) == ["output_0.png", "output_2.png"]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (("--page-size", 48), "--page-size"),
-        (("--num-pages", 1), "num_pages is 1; it must be a whole number, at least 2"),
-        (("--ar-max-num-seqs", 0), "ar_max_num_seqs is 0"),
-        (("--ar-max-num-seqs", 64, "--max-num-batched-tokens", 32), "max_num_batched_tokens is 32"),
-        (("--max-num-seqs", 0), "ar_max_num_seqs is 0"),  # its name before stage 1 had one of its own
-        (("--dit-max-num-seqs", 0), "dit_max_num_seqs is 0"),
-        (("--topology", "three-stage"), "--topology"),
-        (("--ar-device", -1), "ar_device is -1"),
-        (("--attention", "flash"), "--attention"),
-        (("--top-p", 0), "top_p is 0"),
-        (("--top-k", -1), "top_k is -1"),
-    ],
-)
-@pytest.mark.usefixtures("no_weights")
-def test_bad_options_of_serving(cli, options, message):
-    """A typing error would be found by an exception in the middle of a run."""
-    assert_refused(cli("text2text", "--prompts", "a", *options), message)
-
-
-@pytest.mark.usefixtures("no_weights")
-def test_bad_attention_in_the_environment(cli, monkeypatch):
-    """The command line would end in a traceback, even for --help."""
-    monkeypatch.setenv("BAGEL_JAX_ATTENTION", "flash")
-    assert_refused(cli("text2text", "--prompts", "a"), "BAGEL_JAX_ATTENTION is 'flash'", "reference, xla, pallas")
-    assert cli("text2text", "--help").code == 0
-
-
-def test_a_pool_larger_than_memory(cli):
-    """The process would be killed, without a word."""
-    ran = cli("text2text", "--quiet", "--prompts", "a", "--num-pages", 10**9)
-    assert ran.code == 2
-    assert re.fullmatch(r"error: num_pages is 1000000000, of \d+ bytes each; the device has room for \d+ .*\n", ran.err)
-
-
-def test_request_that_the_pool_has_no_room_for(cli):
-    """A request that can never fit would stop those that do, or count as a failure of ours."""
-    long = "word " * 300
-    ran = cli("text2text", "--quiet", "--num-pages", 4, "--max-tokens", 9, "--prompts", "a", long, "b")
-    assert ran.code == 2
-    assert re.fullmatch(r"error: request 1 failed: the request may need \d+ pages of 64 tokens and .*\n", ran.err)
-    assert ["error" in record for record in ran.records] == [False, True, False]
 
 
 @pytest.mark.usefixtures("small")

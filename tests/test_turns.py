@@ -13,7 +13,6 @@ from commands import Ran
 from small import model, new_model, picture
 
 from bagel_jax.bagel import Bagel
-from bagel_jax.checkpoint.source import ModelSource
 from bagel_jax.errors import InputError
 from bagel_jax.run import main
 from bagel_jax.session import Session
@@ -60,17 +59,6 @@ def small(monkeypatch) -> Bagel:
     made = new_model()
     monkeypatch.setattr(Bagel, "open", lambda *_: made)
     return made
-
-
-@pytest.fixture
-def no_model(monkeypatch) -> None:
-    """Weights must not be loaded."""
-
-    def load(*_):
-        raise AssertionError("weights were loaded")
-
-    monkeypatch.setattr(ModelSource, "load", load)
-    monkeypatch.setattr(Bagel, "open", load)
 
 
 BAD = {
@@ -175,7 +163,7 @@ def test_a_conversation(cli, file, small, tmp_path):
         assert np.abs(ran.picture(i).astype(int) - np.asarray(results[i].image)).max() <= 1
 
 
-@pytest.mark.usefixtures("no_model")
+@pytest.mark.usefixtures("no_weights")
 def test_a_bad_file_before_the_weights(cli, file):
     """A misspelt setting in the last line is found after minutes of loading and drawing."""
     path = file(DRAW, EDIT | {"stepps": 3})
@@ -186,7 +174,7 @@ def test_a_bad_file_before_the_weights(cli, file):
     assert not ran.folder.exists()
 
 
-@pytest.mark.usefixtures("no_model")
+@pytest.mark.usefixtures("no_weights")
 @pytest.mark.parametrize(
     ("options", "part"),
     [
@@ -257,3 +245,15 @@ def test_a_number_of_thousands_of_digits(file):
     """Python refuses to read such a number with an error that is not of JSON: a traceback."""
     with pytest.raises(InputError, match="line 1"):
         read_turns(str(file('{"draw": "a bench", "seed": ' + "1" * 5000 + "}")), {})
+
+
+@pytest.mark.usefixtures("small")
+def test_options_are_for_the_turns_that_they_concern(cli, file):
+    """A picture's option beside --turns is said to have no effect on every question."""
+    ran = cli(file(DRAW, ASK), "--max-tokens", 3, "--cfg-text-scale", 2)
+    assert ran.code == 0
+    assert [record["notes"] for record in ran.records] == [[], []]
+    assert ran.records[0]["settings"]["cfg_text_scale"] == 2
+    assert "no effect" not in ran.err
+    said = cli(file(DRAW, {**ASK, "height": 32})).records[1]["notes"]
+    assert said == ["height has no effect on img2text"]  # but what a line itself asks for in vain is told

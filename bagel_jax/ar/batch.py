@@ -85,16 +85,19 @@ def chunk_of(plan: StepPlan, image, page_size: int, width: int) -> Chunk:
 
 
 def copies_of(copies: Sequence[tuple[int, int]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Pages to copy, source and target, in groups of one size, padded with page 0 onto itself.
+    """Pages to copy one after another, source and target, in groups of one size, padded with page 0 onto itself.
 
-    A copy of a copy is made from the first one's source, since all of a group are read before any is written.
+    All pages of a group are read before any is written, so a page that was just written begins a new group.
     """
-    origin: dict[int, int] = {}
+    groups: list[list[tuple[int, int]]] = []
+    written: set[int] = set()
     for source, target in copies:
-        origin[target] = origin.get(source, source)
-    copies = [(source, target) for target, source in origin.items()]
-    for start in range(0, len(copies), _COPIES):
-        group = copies[start : start + _COPIES]
+        if not groups or len(groups[-1]) == _COPIES or {source, target} & written:
+            groups.append([])
+            written.clear()
+        groups[-1].append((source, target))
+        written.add(target)
+    for group in groups:
         padded = np.zeros((_COPIES, 2), np.int32)
         padded[: len(group)] = group
         yield padded[:, 0], padded[:, 1]

@@ -180,5 +180,5 @@ def copy_pages(pages, source, target) -> jax.Array:
 
 @jax.jit
 def take_pages(pages, numbers) -> jax.Array:
-    """The pages `numbers` `[n]` in all layers, `[L, n, K, 2, page, E]`."""
-    return pages[:, numbers]
+    """See `layout.take_pages`."""
+    return layout.take_pages(pages, numbers)

@@ -15,7 +15,8 @@ from bagel_jax.config import BagelConfig
 from bagel_jax.diffusion.guidance import Guidance, guidance
 from bagel_jax.diffusion.loop import Batch, Rows
 from bagel_jax.diffusion.taylorseer import Forecasts
-from bagel_jax.diffusion.work import VIEWS, Work
+from bagel_jax.diffusion.work import Work
+from bagel_jax.handoff import VIEWS
 from bagel_jax.inputs.prepare import latent_positions
 from bagel_jax.request import MAX_STEPS, Settings
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from bagel_jax.diffusion.guidance import Guidance, combine
 from bagel_jax.diffusion.taylorseer import Forecasts, expand, update
+from bagel_jax.handoff import VIEWS
 from bagel_jax.models.bagel import BagelModel
 from bagel_jax.models.weights import Skeleton
 from bagel_jax.pallas.paged_attention import pages as layout
@@ -99,10 +100,9 @@ def one_step(
     model: BagelModel, static: Program, state: DenoiseState, i, batch: Batch, rows: Rows, ahead: Forecasts | None
 ) -> tuple[jax.Array, DenoiseState]:
     """Evaluation number `i` of a call; returns the guided velocities `[Q, N, C p²]` and the state after it."""
-    count, views = static.tokens, 3
-    requests = state.latents.shape[0]
+    count, requests = static.tokens, state.latents.shape[0]
     latents, terms, pages, step = state.latents[:, :count], state.terms, state.pages, batch.step + i
-    v = jnp.zeros((requests, views, *latents.shape[1:]))
+    v = jnp.zeros((requests, VIEWS, *latents.shape[1:]))
     if rows.slot.shape[0]:
         hidden, pages = rows_hidden(model, static, latents, step, pages, batch, rows)
         v = v.at[rows.slot, rows.view].set(model.velocity(hidden), mode="drop")
@@ -150,5 +150,5 @@ def join(state: DenoiseState, slot, noise, numbers, pages, source, target) -> De
         source, target: `[V]` int32, pages that are copied after that: each view's block begins in a copy of the page
             with which its context ends.
     """
-    mine = layout.copy_pages(state.pages.at[:, numbers].set(pages), source, target)
+    mine = layout.copy_pages(layout.put_pages(state.pages, numbers, pages), source, target)
     return state._replace(latents=state.latents.at[slot].set(noise), pages=mine)

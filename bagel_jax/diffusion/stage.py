@@ -15,14 +15,14 @@ from bagel_jax.config import BagelConfig
 from bagel_jax.diffusion import loop
 from bagel_jax.diffusion.batch import batch_of, forecasts_of, padded_tokens, rows_of
 from bagel_jax.diffusion.decoder import decode
-from bagel_jax.diffusion.work import VIEWS, Work
+from bagel_jax.diffusion.work import Work
 from bagel_jax.errors import InputError
-from bagel_jax.handoff import ContextKV, Failed
+from bagel_jax.handoff import VIEWS, ContextKV, Failed
 from bagel_jax.inputs.prepare import Prepared
 from bagel_jax.inputs.tokenizer import Tokenizer
 from bagel_jax.models.weights import Weights
 from bagel_jax.pallas.paged_attention.pages import empty_pages
-from bagel_jax.pool import PagePool, context_pages
+from bagel_jax.pool import PagePool, context_pages, free_bytes, page_bytes
 from bagel_jax.settings import ServingSettings, attention_backend
 
 
@@ -57,6 +57,9 @@ class DenoiseStage:
         dtype: of contexts.
         tokenizer: for the marker tokens.
         settings: see `ServingSettings`.
+
+    Raises:
+        InputError: the device has no memory for so many contexts.
     """
 
     def __init__(self, weights: Weights, config: BagelConfig, dtype, tokenizer: Tokenizer, settings: ServingSettings):
@@ -67,6 +70,12 @@ class DenoiseStage:
         self._largest = config.max_latent_size**2  # tokens
         largest = context_pages(config, settings.page_size) + VIEWS * self._block_pages(self._largest)
         self._num_pages = slots * largest + 1
+        affordable = free_bytes(weights.device, 0.9) // page_bytes(config, settings.page_size, dtype)
+        if self._num_pages > affordable:
+            raise InputError(
+                f"dit_max_num_seqs is {slots}, for which stage 1 needs {self._num_pages} pages; the device has "
+                f"room for {affordable} beside all else, so give a smaller one"
+            )
         self._pool = PagePool(self._num_pages)
         self._dtype = dtype
         self._state = self._empty_state()
@@ -160,8 +169,7 @@ class DenoiseStage:
         if not works:
             return []
         started = time.perf_counter()
-        steps, state = self._denoise(works, seconds)
-        self._state = jax.block_until_ready(state)
+        steps = self._denoise(works, seconds)
         ended = time.perf_counter()
         for work in works:
             work.take(steps)
@@ -169,7 +177,8 @@ class DenoiseStage:
         events: list[Event] = [Steps(work.request_id, work.done, work.total) for work in works]
         return events + self._finish([work for work in works if work.done == work.total])
 
-    def _denoise(self, works: Sequence[Work], seconds: float | None) -> tuple[int, loop.DenoiseState]:
+    def _denoise(self, works: Sequence[Work], seconds: float | None) -> int:
+        """Takes the requests further; returns by how many evaluations."""
         slots, count = len(self._slots), padded_tokens(works, self.config)
         rows, ahead = rows_of(works, slots), forecasts_of(works, slots)
         steps = min(work.steps_alike() for work in works)
@@ -181,11 +190,10 @@ class DenoiseStage:
         static = loop.Program(self.weights.skeleton, self.backend, count)
         started = time.perf_counter()
         state = loop.denoise(static, self.weights.arrays, self._state, batch, rows, ahead, np.int32(steps))
-        if seconds is not None:
-            jax.block_until_ready(state)
-            pace = (time.perf_counter() - started) / steps
-            self._pace[key] = min(pace, self._pace.get(key, pace))  # the first time, it compiles
-        return steps, state
+        self._state = jax.block_until_ready(state)
+        pace = (time.perf_counter() - started) / steps
+        self._pace[key] = min(pace, self._pace.get(key, pace))  # the first time, it compiles
+        return steps
 
     def _finish(self, done: Sequence[Work]) -> list[Event]:
         """Pictures of finished requests, those of one size decoded together."""

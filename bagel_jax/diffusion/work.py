@@ -12,10 +12,8 @@ from bagel_jax.clock import Span
 from bagel_jax.diffusion.guidance import branches_on
 from bagel_jax.diffusion.schedule import Schedule, schedule
 from bagel_jax.diffusion.taylorseer import Course
-from bagel_jax.handoff import ContextKV
+from bagel_jax.handoff import VIEWS, ContextKV
 from bagel_jax.inputs.prepare import Prepared
-
-VIEWS = 3  # of a request at most: as many as there are branches
 
 
 @dataclass(eq=False)

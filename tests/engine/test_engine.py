@@ -286,8 +286,38 @@ def test_a_fault_of_ours_hangs_nobody(bagel, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         bagel.submit(Request.create("text2img", "a bench", **SIZES, steps=3)).result(timeout=60)
     monkeypatch.undo()
-    for work in bagel.engine.dit._works():
-        bagel.engine.dit.cancel(work.request_id)
+    assert bagel.generate("text2img", "a bench", **SIZES, steps=3).image is not None
+
+
+def test_an_id_may_be_taken_again_after_a_cancel(bagel, alone):
+    """What is left of a cancelled request takes the place of the next one with its id, or keeps it waiting for ever."""
+    request = next(r for r in mixed(12) if r.makes_picture)
+    for pause in (0, 0, 0.01, 0.05, 0.1):
+        first = bagel.submit(request)
+        time.sleep(pause)
+        first.cancel()
+        same(bagel.submit(request).result(timeout=60), alone[request.request_id])
+
+
+def test_a_context_that_cannot_be_moved_fails_alone(bagel, alone, monkeypatch):
+    """A full device takes everybody with it, or the request's place in stage 1 is never given back."""
+    take = bagel.engine.ar.take
+
+    def failing(request_id):
+        if request_id == "bad":
+            raise RuntimeError("out of memory")
+        return take(request_id)
+
+    monkeypatch.setattr(bagel.engine.ar, "take", failing)
+    requests = [r for r in mixed(12) if r.makes_picture][:3]
+    bad = Request.create("text2img", "a bench", **SIZES, steps=3, request_id="bad")
+    handles = [bagel.submit(request) for request in (bad, *requests)]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        handles[0].result(timeout=60)
+    for request, handle in zip(requests, handles[1:], strict=True):
+        same(handle.result(timeout=60), alone[request.request_id])
+    with pytest.raises(RuntimeError, match="out of memory"):
+        bagel.context(bad)
 
 
 def test_events(bagel):
@@ -318,6 +348,19 @@ def test_await(bagel):
     told, answer, drawn = asyncio.run(both())
     assert told == answer.text
     assert drawn.image is not None
+
+
+def test_a_task_that_stops_waiting_changes_nothing(bagel):
+    """A time-out of whoever awaits a request would end it for everybody else, whose events then never end."""
+
+    async def impatient(handle):
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(handle, 0.01)
+
+    handle = bagel.submit(Request.create("text2img", "a bench", **SIZES, steps=60))
+    asyncio.run(impatient(handle))
+    assert list(handle.events())[-1] == Progress(59, 59)
+    assert handle.result().image is not None
 
 
 def test_one_id_twice(bagel):

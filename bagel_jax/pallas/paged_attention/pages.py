@@ -46,9 +46,19 @@ def read(pages: jax.Array, layer: jax.Array, numbers: jax.Array) -> tuple[jax.Ar
     return k, v
 
 
+def take_pages(pages: jax.Array, numbers: jax.Array) -> jax.Array:
+    """The pages `numbers` `[n]` in all layers, `[L, n, K, 2, page, E]`."""
+    return pages[:, numbers]
+
+
+def put_pages(pages: jax.Array, numbers: jax.Array, others: jax.Array) -> jax.Array:
+    """Pages with those numbered `numbers` `[n]` replaced by `others` `[L, n, K, 2, page, E]`, in all layers."""
+    return pages.at[:, numbers].set(others)
+
+
 def copy_pages(pages: jax.Array, source: jax.Array, target: jax.Array) -> jax.Array:
     """Pages with those numbered `target` `[n]` replaced by what `source` `[n]` hold, in all layers."""
-    return pages.at[:, target].set(pages[:, source])
+    return put_pages(pages, target, take_pages(pages, source))
 
 
 def to_dense(pages: jax.Array, numbers: jax.Array) -> tuple[jax.Array, jax.Array]:
