@@ -16,13 +16,14 @@ import jax.numpy as jnp
 from bagel_jax.checkpoint.source import ModelSource
 from bagel_jax.config import BagelConfig
 from bagel_jax.demo.example import MODEL
-from bagel_jax.engine import Engine, stage_devices
+from bagel_jax.engine import Engine
 from bagel_jax.errors import InputError
 from bagel_jax.handle import Done, Handle, Progress, TextDelta
 from bagel_jax.handoff import ContextKV
 from bagel_jax.inputs.prepare import Prepared, prepare
 from bagel_jax.inputs.tokenizer import Tokenizer
 from bagel_jax.models.weights import Weights
+from bagel_jax.parallel.mesh import stage_devices
 from bagel_jax.request import Request, Result
 from bagel_jax.session import Session
 from bagel_jax.settings import ServingSettings
@@ -74,7 +75,7 @@ class Bagel:
             )
         self.load_seconds: float | None = None
         self.settings = settings or ServingSettings()
-        stage_devices(self.settings)  # before the weights are loaded
+        stage_devices(self.settings.ar_device, self.settings.dit_device)  # before the weights are loaded
         self._source = source
         self._weights: Weights | None = None
         self._engine: Engine | None = None

@@ -2,7 +2,8 @@
 
 The only room that knows both stages. Each stage belongs to one thread, which alone touches it (with the topology
 `single-stage` one thread turns from one to the other); everything that goes between threads goes through the queues
-here, under one lock, and is keyed by request id. A thread lives as long as there is a request in the engine, and waits
+here, under one lock, and is keyed by request id; an id that was cancelled may be taken again at once, so that what a
+stage still says of it is of the request before. A thread lives as long as there is a request in the engine, and waits
 for a notification, never for a time-out.
 """
 
@@ -11,10 +12,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-
-import jax
 
 from bagel_jax.ar.stage import ContextStage, Finished, Tokens
 from bagel_jax.clock import Clock, Span
@@ -27,6 +26,7 @@ from bagel_jax.inputs.pictures import to_image
 from bagel_jax.inputs.prepare import Prepared
 from bagel_jax.inputs.tokenizer import Tokenizer
 from bagel_jax.models.weights import Weights
+from bagel_jax.parallel.mesh import stage_devices
 from bagel_jax.request import Result
 from bagel_jax.settings import ServingSettings
 
@@ -76,7 +76,7 @@ class Engine:
     ):
         self.settings, self._tokenizer, self._load_seconds = settings, tokenizer, load_seconds
         ours = (config, dtype, tokenizer, settings)
-        ar_device, dit_device = stage_devices(settings)
+        ar_device, dit_device = stage_devices(settings.ar_device, settings.dit_device)
         self.ar = ContextStage(weights.on(ar_device), *ours)
         self.dit = DenoiseStage(weights.on(dit_device), *ours)
         # Stretches of work of each stage ("ar", "dit"), of which old ones are forgotten.
@@ -85,7 +85,7 @@ class Engine:
         self._records: dict[str, _Record] = {}
         self._new: deque[_Record] = deque()  # to stage 0
         self._ready: deque[_Record] = deque()  # whose contexts stage 1 has no room for yet
-        self._moving: dict[str, int] = {}  # on the way to stage 1: pages
+        self._moving: dict[_Record, int] = {}  # on the way to stage 1: pages
         self._arrived: deque[tuple[_Record, ContextKV]] = deque()  # to stage 1
         self._cancelled: tuple[deque[str], deque[str]] = deque(), deque()  # to tell each stage of
         self._threads: dict[str, threading.Thread] = {}
@@ -192,22 +192,18 @@ class Engine:
                     self.dit.pages_needed(record.prepared, self.ar.pages_needed(record.handle.request_id))
             except Exception as error:
                 self.ar.cancel(record.handle.request_id)
-                self._end(record.handle.request_id, error)
+                self._end(record, error)
         moved = self._hand_over()
         if not self.ar.busy:
             return bool(new or dropped or moved)
         started = time.perf_counter()
         events = self.ar.step()
         self.work.append(Span.here("ar", started, time.perf_counter()))
-        for event in events:
-            with self._wake:
-                record = self._records.get(event.request_id)
-            if record is None:  # cancelled meanwhile, of which the next turn tells the stage
-                continue
+        for record, event in self._whose(events, self._cancelled[0]):
             if isinstance(event, Tokens):
                 self._tell_text(record, event.ids)
             elif isinstance(event, Failed):
-                self._end(event.request_id, event.error)
+                self._end(record, event.error)
             else:
                 self._left_ar(record, event)
         return not self.ar.stalled or bool(events)
@@ -233,9 +229,9 @@ class Engine:
                 context = (self.ar.take(request_id) if given is None else given).move(self.dit.place)
             except Exception as error:  # a device may be full
                 with self._wake:
-                    self._moving.pop(request_id)
+                    self._moving.pop(record)
                 self.ar.cancel(request_id)
-                self._end(request_id, error)
+                self._end(record, error)
                 continue
             with self._wake:
                 self._arrived.append((record, context))
@@ -246,7 +242,7 @@ class Engine:
         pages = self.dit.pages_needed(record.prepared, context_pages)
         if self.dit.free_slots <= len(self._moving) or pages + sum(self._moving.values()) > self.dit.free_pages:
             return False
-        self._moving[record.handle.request_id] = pages
+        self._moving[record] = pages
         return True
 
     def _left_ar(self, record: _Record, event: Finished) -> None:
@@ -264,13 +260,13 @@ class Engine:
             self._tell_rest(record, result.text)
         if record.only_context:
             try:
-                self._end(event.request_id, self.ar.take(event.request_id))
+                self._end(record, self.ar.take(event.request_id))
             except Exception as error:
                 self.ar.cancel(event.request_id)
-                self._end(event.request_id, error)
+                self._end(record, error)
             return
         if not record.prepared.request.makes_picture:
-            self._end(event.request_id, result)
+            self._end(record, result)
             return
         with self._wake:
             record.ready = time.perf_counter()
@@ -284,31 +280,26 @@ class Engine:
         for request_id in dropped:
             self.dit.cancel(request_id)
         for record, context in arrived:
-            request_id = record.handle.request_id
             try:
                 if not record.handle.done():
                     self.dit.submit(record.prepared, context)
                     record.spans.append(Span.here("wait", record.ready, time.perf_counter()))
                     record.handle.tell(Progress(0, record.prepared.request.settings.steps - 1))
             except Exception as error:
-                self._end(request_id, error)
+                self._end(record, error)
             with self._wake:
-                self._moving.pop(request_id)
+                self._moving.pop(record)
                 self._changed()
         if not self.dit.busy:
             return bool(arrived or dropped)
         started = time.perf_counter()
         events = self.dit.step(self._patience())
         self.work.append(Span.here("dit", started, time.perf_counter()))
-        for event in events:
-            with self._wake:
-                record = self._records.get(event.request_id)
-            if record is None:
-                continue
+        for record, event in self._whose(events, self._cancelled[1]):
             if isinstance(event, Steps):
                 record.handle.tell(Progress(event.done, event.total))
             elif isinstance(event, Failed):
-                self._end(event.request_id, event.error)
+                self._end(record, event.error)
             else:
                 self._drawn(record, event)
         with self._wake:
@@ -327,34 +318,59 @@ class Engine:
         started = time.perf_counter()
         record.result.latents, record.result.image = event.latents, to_image(event.pixels)
         record.spans += [*event.spans, Span.here("pixels", started, time.perf_counter())]
-        self._end(event.request_id, record.result)
+        self._end(record, record.result)
 
-    def _end(self, request_id: str, outcome: Result | ContextKV | Exception) -> None:
+    def _whose(self, events: Iterable, cancelled: deque[str]) -> Iterator[tuple[_Record, object]]:
+        """The events of a stage's step with their requests; those of requests that are gone are left out.
+
+        Args:
+            events: the stage's.
+            cancelled: what the stage has not been told of yet: under such an id it speaks of the one that is gone.
+        """
+        for event in events:
+            with self._wake:
+                record = None if event.request_id in cancelled else self._records.get(event.request_id)
+            if record is not None:
+                yield record, event
+
+    def _end(self, record: _Record, outcome: Result | ContextKV | Exception) -> None:
         """A request has left the engine, with a result or a reason."""
         with self._wake:
-            record = self._records.pop(request_id, None)
-            self._changed()
-        if record is None:
-            return
+            if not self._forget(record):
+                return
         if isinstance(outcome, Result):
             outcome.seconds = {"load": self._load_seconds, **Clock.of(record.spans).seconds}
         record.handle.finish(outcome)
 
     def _fail_all(self, error: Exception) -> None:
         with self._wake:
-            requests = list(self._records)
-        for request_id in requests:
-            self._end(request_id, error)
-            self._cancel(request_id)
+            records = list(self._records.values())
+            for record in records:
+                self._drop(record)
+        for record in records:
+            record.handle.finish(error)
 
-    def _cancel(self, request_id: str) -> None:
-        """Forgets a request, and makes both stages drop it."""
+    def _cancel(self, handle: Handle) -> None:
+        """What a handle calls that was cancelled."""
         with self._wake:
-            self._records.pop(request_id, None)
-            for dropped in self._cancelled:
-                dropped.append(request_id)
-            self._start_threads()
-            self._changed()
+            record = self._records.get(handle.request_id)
+            if record is not None and record.handle is handle:
+                self._drop(record)
+
+    def _drop(self, record: _Record) -> None:
+        """Forgets a request, and makes both stages drop it; the lock is held."""
+        self._forget(record)
+        for dropped in self._cancelled:
+            dropped.append(record.handle.request_id)
+        self._start_threads()
+
+    def _forget(self, record: _Record) -> bool:
+        """Takes a request out of the engine's books; False if it is not in them. The lock is held."""
+        if self._records.get(record.handle.request_id) is not record:
+            return False
+        del self._records[record.handle.request_id]
+        self._changed()
+        return True
 
     def _tell_text(self, record: _Record, ids: list[int]) -> None:
         """Passes on the text that tokens add; the first bytes of a letter wait for its last."""
@@ -377,17 +393,3 @@ def _drain(things: deque) -> list:
     taken = list(things)
     things.clear()
     return taken
-
-
-def stage_devices(settings: ServingSettings) -> list[jax.Device]:
-    """The device of stage 0 and that of stage 1.
-
-    Raises:
-        InputError: there is no such device.
-    """
-    devices = jax.local_devices()
-    for name in ("ar_device", "dit_device"):
-        number = getattr(settings, name)
-        if number >= len(devices):
-            raise InputError(f"{name} is {number}; there are {len(devices)} devices, numbered from 0")
-    return [devices[settings.ar_device], devices[settings.dit_device]]

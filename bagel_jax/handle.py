@@ -45,7 +45,7 @@ class Handle:
 
     Args:
         request: the request.
-        cancel: called with the request's id to make the engine drop it.
+        cancel: called with the handle to make the engine drop it.
         sink: takes the events; None: they are kept for `events`.
         watched: whether somebody looks at progress; `events` sets it.
     """
@@ -53,7 +53,7 @@ class Handle:
     def __init__(
         self,
         request: Request,
-        cancel: Callable[[str], None],
+        cancel: Callable[[Handle], None],
         sink: Callable[[Handle, Event], None] | None = None,
         *,
         watched: bool = False,
@@ -106,7 +106,7 @@ class Handle:
         """Drops the request; its `result` raises `Cancelled` from now on. False if it is done already."""
         if not self.finish(Cancelled(f"request {self.request_id} was cancelled")):
             return False
-        self._cancel(self.request_id)
+        self._cancel(self)
         return True
 
     def tell(self, event: Event) -> None:

@@ -166,7 +166,7 @@ def test_a_damaged_file(context, tmp_path, fault):
         del arrays["rope"]
     metadata["context"] = "{" if fault == "no json" else json.dumps(about)
     save_file(arrays, tmp_path / "bad", metadata)
-    said = "of version None" if fault == "no version" else "is damaged"
+    said = "is of version None" if fault == "no version" else "is damaged"
     with pytest.raises(InputError, match=f"bad {said}.*compute it again"):
         ContextKV.load(tmp_path / "bad")
 
@@ -290,7 +290,8 @@ from test_handoff import edit
 assert len(jax.devices()) == 2
 made = new_model(ar_device=0, dit_device=1)
 context = made.context(edit())
-assert [d.id for d in context.pages.devices()] == [1], context.pages.devices()
+assert [d.id for d in context.pages.devices()] == [0], context.pages.devices()
+assert [d.id for d in context.move(made.engine.dit.place).pages.devices()] == [1]
 assert [d.id for d in made.engine.ar.pages.devices()] == [0]
 assert [d.id for d in made.engine.dit._state.pages.devices()] == [1]
 context.save(sys.argv[1] + "/context")
@@ -309,7 +310,7 @@ def elsewhere(tmp_path_factory) -> Path:
 
 
 def test_two_devices(elsewhere, expected):
-    """A context stays on stage 0's device, or a stage works on the other's."""
+    """A context cannot leave stage 0's device, or a stage works on the other's."""
     near(np.load(elsewhere / "latents.npy"), expected)
 
 

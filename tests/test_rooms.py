@@ -18,9 +18,12 @@ MAY_IMPORT = {
     "aot": {"pallas", "command"},
     "bagel": {
         *("engine", "session", "handle", "handoff", "demo", "checkpoint", "models", "inputs", "request", "config"),
-        "settings",
+        *("settings", "parallel"),
     },
-    "engine": {"ar", "diffusion", "handle", "handoff", "models", "inputs", "request", "config", "settings", "clock"},
+    "engine": {
+        *("ar", "diffusion", "handle", "handoff", "models", "inputs", "request", "config", "settings", "clock"),
+        "parallel",
+    },
     "session": {"request"},
     "handle": {"handoff", "request"},
     "train": {"checkpoint", "models", "inputs", "request", "config", "parallel"},

@@ -1,1 +1,1 @@
-"""Meshes of devices, and which axis of which parameter lies along which of them."""
+"""Devices, meshes of them, and which axis of which parameter lies along which of them."""

@@ -330,7 +330,16 @@ def everything(on):
         on.generate("img2text", "a red bench", image, max_tokens=12),
         on.generate("text2img", "a red bench", think=True, max_think_tokens=6, steps=4),
     ]
-    return [(r.text, None if r.latents is None else r.latents.tobytes()) for r in results]
+    return [(r.text, r.latents) for r in results]
+
+
+def assert_same(ours, theirs) -> None:
+    """Up to rounding, since what is in the prefix cache may have been computed in a chunk of another length."""
+    for (text, mine), (other_text, other) in zip(ours, theirs, strict=True):
+        assert text == other_text
+        assert (mine is None) == (other is None)
+        if mine is not None:
+            np.testing.assert_allclose(mine, other, rtol=1e-5, atol=1e-5)
 
 
 def test_regression_7_nothing_leaks_into_later_requests():
@@ -339,14 +348,14 @@ def test_regression_7_nothing_leaks_into_later_requests():
     latents("img2img", "other", picture(5), seed=9, cfg_img_scale=3.0, cfg_renorm_type="global")
     latents("text2img", "other words here", think=True, max_think_tokens=9, steps=7)
     model().generate("text2text", "something long " * 20, max_tokens=30, do_sample=True, seed=4)
-    assert everything(model()) == first
+    assert_same(everything(model()), first)
     assert first[2][0]
 
 
 def test_regression_6_the_first_request_is_like_any_other():
     """State of the warm-up, or of compiling, gets into the first real request."""
     settled = everything(model())
-    assert everything(new_model()) == settled
+    assert_same(everything(new_model()), settled)
 
 
 def test_regression_10_evaluations_are_counted():

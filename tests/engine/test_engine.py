@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from small import CONFIG, model, new_model, picture
 
+from bagel_jax.ar.stage import Finished
 from bagel_jax.diffusion import loop
+from bagel_jax.diffusion.stage import Drawn
 from bagel_jax.errors import InputError
 from bagel_jax.handle import Cancelled, Progress, TextDelta
 from bagel_jax.request import Request
@@ -297,6 +299,61 @@ def test_an_id_may_be_taken_again_after_a_cancel(bagel, alone):
         time.sleep(pause)
         first.cancel()
         same(bagel.submit(request).result(timeout=60), alone[request.request_id])
+
+
+@pytest.mark.parametrize("stage", ["ar", "dit"])
+def test_an_id_may_be_taken_again_while_its_stage_is_busy(bagel, alone, monkeypatch, stage):
+    """What a step says of a cancelled request is taken for the one that has its id by then."""
+    modality = "img2text" if stage == "ar" else "img2img"
+    request, other = [r for r in mixed(12) if r.modality == modality][:2]
+    stepping, go_on = threading.Event(), threading.Event()
+    at_work = getattr(bagel.engine, stage)
+    step = at_work.step
+
+    def slow(*args):
+        events = step(*args)
+        if any(isinstance(event, Finished | Drawn) for event in events):
+            stepping.set()
+            assert go_on.wait(60)
+        return events
+
+    monkeypatch.setattr(at_work, "step", slow)
+    first = bagel.submit(dataclasses.replace(other, request_id=request.request_id))
+    assert stepping.wait(60)
+    first.cancel()
+    second = bagel.submit(request)
+    go_on.set()
+    same(second.result(timeout=60), alone[request.request_id])
+
+
+def test_many_of_one_id(bagel):
+    """A context on its way to stage 1 gives back the room of the next one with its id."""
+    request = Request.create("text2img", "a bench", **SIZES, steps=3, request_id="again")
+    context = bagel.context(request)
+    expected = bagel.denoise(request, context).latents
+    stepping, go_on = threading.Event(), threading.Event()
+    step = bagel.engine.dit.step
+
+    def slow(*args):
+        stepping.set()
+        assert go_on.wait(60)
+        return step(*args)
+
+    bagel.engine.dit.step = slow
+    other = bagel.submit(Request.create("text2img", "a bench", **SIZES, steps=3))
+    assert stepping.wait(60)
+    prepared = bagel.prepare(request)
+    for _ in range(3):
+        first = bagel.engine.submit(prepared, context=context)
+        deadline = time.monotonic() + 0.2  # with two threads it is on its way by then
+        while not bagel.engine._arrived and time.monotonic() < deadline:
+            time.sleep(0.001)
+        first.cancel()
+    last = bagel.engine.submit(prepared, context=context)
+    time.sleep(0.1)
+    go_on.set()
+    np.testing.assert_allclose(last.result(timeout=60).latents, expected, rtol=1e-5, atol=1e-5)
+    assert other.result(timeout=60).image is not None
 
 
 def test_a_context_that_cannot_be_moved_fails_alone(bagel, alone, monkeypatch):
