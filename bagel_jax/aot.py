@@ -164,7 +164,7 @@ def _cases(backend: str) -> list[Case]:
     import jax
     import jax.numpy as jnp
 
-    from bagel_jax.pallas.paged_attention.api import paged_attention, paged_decode
+    from bagel_jax.pallas.paged_attention.api import paged_attention, paged_blocks, paged_decode
 
     def of(*shape, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(shape, dtype)
@@ -184,16 +184,10 @@ def _cases(backend: str) -> list[Case]:
         cases.append(
             Case("paged_attention", f"{what} block of {length} over text of 1024", 1, paged_attention, arguments)
         )
-    rows, queries = len(_CONTEXTS), len(_CONTEXTS) * _VAE_BLOCK
-    arguments = (
-        of(queries, _HEADS, _WIDTH),
-        *pages,
-        table(rows, max(_CONTEXTS) + _VAE_BLOCK),
-        numbers(rows + 1),
-        numbers(queries),
-    )
+    rows, longest = len(_CONTEXTS), max(_CONTEXTS) + _VAE_BLOCK
+    arguments = of(rows, _VAE_BLOCK, _HEADS, _WIDTH), *pages, table(rows, longest), numbers(rows)
     contexts = ", ".join(map(str, _CONTEXTS))
-    cases.append(Case("denoise", f"{rows} blocks of {_VAE_BLOCK} over {contexts}", 1, paged_attention, arguments))
+    cases.append(Case("paged_blocks", f"{rows} blocks of {_VAE_BLOCK} over {contexts}", 1, paged_blocks, arguments))
     return [case._replace(function=partial(case.function, backend=backend)) for case in cases]
 
 

@@ -30,7 +30,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from pallas.ragged_batches import TOLERANCE, draw, draw_blocks, draw_decode  # noqa: E402
 
-from bagel_jax.pallas.paged_attention.api import BACKENDS, paged_attention, paged_decode  # noqa: E402
+from bagel_jax.pallas.paged_attention.api import BACKENDS, paged_attention, paged_blocks, paged_decode  # noqa: E402
 from bagel_jax.pallas.paged_attention.pages import empty_pages  # noqa: E402
 
 HEADS, KV_HEADS, WIDTH, PAGE = 28, 4, 128, 64  # of BAGEL-7B-MoT
@@ -208,14 +208,13 @@ def prefill(queries: int, context: int, causal: bool, pages, backend: str) -> Ca
 def denoise(queries: int, contexts: list[int], pages, backend: str) -> Callable[[], float]:
     """The timer of stage 1: a block of queries for each of these contexts, which see it and each other."""
     rows = len(contexts)
-    offsets = jnp.arange(rows + 1, dtype=jnp.int32) * queries
 
     def call(q, pages, table, ends, layer):
-        return paged_attention(q, pages, layer, table, offsets, ends, backend=backend)
+        return paged_blocks(q, pages, layer, table, ends, backend=backend)
 
     table = random_table(pages, rows, max(contexts) + queries)
-    ends = jnp.repeat(jnp.asarray(contexts, jnp.int32) + queries, queries)
-    return timer(call, normal(rows * queries, HEADS, WIDTH), pages, table, ends, layers=pages.shape[0])
+    ends = jnp.asarray(contexts, jnp.int32) + queries
+    return timer(call, normal(rows, queries, HEADS, WIDTH), pages, table, ends, layers=pages.shape[0])
 
 
 def time_all(backends: list[str]) -> None:

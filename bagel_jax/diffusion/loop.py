@@ -20,7 +20,7 @@ from bagel_jax.handoff import VIEWS
 from bagel_jax.models.bagel import BagelModel
 from bagel_jax.models.weights import Skeleton
 from bagel_jax.pallas.paged_attention import pages as layout
-from bagel_jax.pallas.paged_attention.api import paged_attention
+from bagel_jax.pallas.paged_attention.api import paged_blocks
 
 
 class Program(NamedTuple):
@@ -75,14 +75,11 @@ def rows_hidden(model: BagelModel, static: Program, latents, step, pages, batch:
     page = jnp.take_along_axis(rows.page_table, place // layout.page_size(pages), axis=1, mode="clip")
     page = jnp.where(number < own[:, None], page, 0).reshape(-1)  # page 0 is for what is nobody's
     where = page, (place % layout.page_size(pages)).reshape(-1)
-    kv_end = jnp.repeat(jnp.where(own > 0, rows.length + own, 0), number.size)
-    offsets = jnp.arange(rows.slot.shape[0] + 1, dtype=jnp.int32) * number.size
+    kv_end = jnp.where(own > 0, rows.length + own, 0)
 
     def attention(layer, q, kv, pages):
-        q, k, v = (x.reshape(-1, *x.shape[2:]) for x in (q, *kv))
-        pages = layout.write(pages, layer, *where, k, v)
-        out = paged_attention(q, pages, layer, rows.page_table, offsets, kv_end, backend=static.backend)
-        return out.reshape(-1, number.size, *out.shape[1:]), pages
+        pages = layout.write(pages, layer, *where, *(x.reshape(-1, *x.shape[2:]) for x in kv))
+        return paged_blocks(q, pages, layer, rows.page_table, kv_end, backend=static.backend), pages
 
     about = batch.timesteps[slot, step[slot]], batch.position_ids[slot], batch.markers, rows.rope
     return model.noised_hidden(latents[slot], *about, attention, pages)

@@ -16,8 +16,32 @@ from bagel_jax.models.layers import precision
 NORM_GROUPS = 32
 
 
+class Pointwise(nnx.Conv):
+    """A 1x1 convolution as the matrix product that it is: as a convolution XLA takes four times as long on a CPU."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[..., width_in]` -> `[..., width_out]`."""
+        return jnp.matmul(x, self.kernel[0, 0], precision=self.precision) + self.bias[...]
+
+
+class GroupNorm(nnx.GroupNorm):
+    """`nnx.GroupNorm`, which is three times as fast on a CPU where means are taken over pixels first, then channels."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """`[B, h, w, width]` -> the same shape; statistics in float32, variance in two passes as PyTorch's."""
+
+        def mean(x):
+            by_group = x.mean((1, 2)).reshape(x.shape[0], self.num_groups, -1).mean(-1)
+            return jnp.repeat(by_group, x.shape[-1] // self.num_groups, axis=-1)[:, None, None]
+
+        centred = x - mean(x.astype(jnp.float32))
+        scale = jax.lax.rsqrt(mean(centred**2) + self.epsilon) * self.scale[...]
+        return (centred * scale + self.bias[...]).astype(self.dtype)
+
+
 def _conv(width_in, width_out, size, dtype, rngs, *, stride=1, padding="SAME") -> nnx.Conv:
-    return nnx.Conv(
+    kind = Pointwise if size == 1 else nnx.Conv
+    return kind(
         width_in,
         width_out,
         (size, size),
@@ -30,10 +54,8 @@ def _conv(width_in, width_out, size, dtype, rngs, *, stride=1, padding="SAME") -
     )
 
 
-def _group_norm(width, dtype, rngs) -> nnx.GroupNorm:
-    return nnx.GroupNorm(
-        width, num_groups=NORM_GROUPS, epsilon=1e-6, dtype=dtype, param_dtype=dtype, use_fast_variance=False, rngs=rngs
-    )
+def _group_norm(width, dtype, rngs) -> GroupNorm:
+    return GroupNorm(width, num_groups=NORM_GROUPS, epsilon=1e-6, dtype=dtype, param_dtype=dtype, rngs=rngs)
 
 
 class ResnetBlock(nnx.Module):
@@ -95,14 +117,37 @@ class Downsample(nnx.Module):
 
 
 class Upsample(nnx.Module):
-    """Twice the resolution: nearest neighbour, then a convolution."""
+    """Twice the resolution: nearest neighbour, then a 3x3 convolution.
+
+    Each of a pixel's four places sees only 2x2 pixels of the low resolution, so that summed kernels give the same with
+    16 products where there would be 36.
+    """
 
     def __init__(self, width: int, dtype, rngs: nnx.Rngs):
         self.conv = _conv(width, width, 3, dtype, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """`[B, h, w, width]` -> `[B, 2h, 2w, width]`."""
-        return self.conv(x.repeat(2, axis=1).repeat(2, axis=2))
+        batch, height, width, channels = x.shape
+
+        def summed(kernel, axis):
+            before, at, behind = jnp.split(kernel.astype(jnp.float32), 3, axis)
+            return jnp.concatenate([before, at + behind], axis), jnp.concatenate([before + at, behind], axis)
+
+        kernels = [k for upper in summed(self.conv.kernel[...], 0) for k in summed(upper, 1)]
+        kernel = jnp.concatenate(kernels, axis=-1).astype(x.dtype)
+        y = jax.lax.conv_general_dilated(
+            x,
+            kernel,
+            window_strides=(1, 1),
+            padding=((1, 1), (1, 1)),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            precision=self.conv.precision,
+        )
+        # Position p of h + 1 has seen the pixels p - 1 and p: the upper (left) place of p, the lower (right) of p - 1.
+        y = y.reshape(batch, height + 1, width + 1, 2, 2, channels)
+        rows = [jnp.stack([y[:, i : height + i, j : width + j, i, j] for j in (0, 1)], axis=3) for i in (0, 1)]
+        return jnp.stack(rows, axis=2).reshape(batch, 2 * height, 2 * width, channels) + self.conv.bias[...]
 
 
 class DownLevel(nnx.Module):

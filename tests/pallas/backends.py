@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas.ragged_batches import TOLERANCE, Batch
 
 from bagel_jax.pallas.paged_attention import gpu, tpu
-from bagel_jax.pallas.paged_attention.api import BACKENDS, paged_attention, paged_decode
+from bagel_jax.pallas.paged_attention.api import BACKENDS, paged_attention, paged_blocks, paged_decode
 from bagel_jax.pallas.paged_attention.tiles import Tiling
 
 BACKENDS["tpu-races"] = tpu.backend(interpret=pltpu.InterpretParams(detect_races=True))
@@ -56,7 +56,13 @@ def check(backend: str, batch: Batch, dtype: str = "float32", function=paged_att
         assert BACKENDS[backend].supports(*arguments[:2])
     if function is paged_decode:
         arguments = (*arguments[:4], arguments[5])
+    if function is paged_blocks:
+        rows = len(batch.page_table)
+        q, *_, kv_end = arguments
+        arguments = (q.reshape(rows, -1, *q.shape[1:]), *arguments[1:4], kv_end.reshape(rows, -1)[:, 0])
     out, lse = (np.asarray(x) for x in compiled(function, backend)(*arguments))
+    if function is paged_blocks:
+        out, lse = (x.reshape(-1, *x.shape[2:]) for x in (out, lse))
     expected, expected_lse = batch.expected()
     real = slice(0, batch.query_offsets[-1])
     np.testing.assert_array_equal(np.isneginf(lse[real]), np.isneginf(expected_lse[real]))

@@ -13,7 +13,7 @@ import pytest
 from pallas.backends import check, close, on_gpu
 from pallas.ragged_batches import draw, draw_blocks, draw_decode
 
-from bagel_jax.pallas.paged_attention.api import paged_attention, paged_decode
+from bagel_jax.pallas.paged_attention.api import paged_attention, paged_blocks, paged_decode
 
 NAMES = ("reference", "xla", "tpu-interpret", "tpu-races")
 BOTH = ("float32", "bfloat16")
@@ -108,4 +108,10 @@ def test_denoise(backend, dtype):
     padding.
     """
     batch = draw_blocks(5, [33, 0, 16, 40], [21, 21, 9, 0], 21, dtype=dtype, **sizes_of(backend))
-    check(backend, batch, dtype)
+    check(backend, batch, dtype, paged_blocks)
+
+
+@pytest.mark.parametrize("backend", ["xla", slow("tpu-interpret")])
+def test_blocks_of_several_tiles(backend):
+    """A block that is cut into tiles, the last one padded, would be put together in another order."""
+    check(backend, draw_blocks(6, [130, 0, 5], [300, 300, 300], 300, heads=28, kv_heads=4), function=paged_blocks)

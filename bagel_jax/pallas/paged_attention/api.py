@@ -65,7 +65,7 @@ def paged_attention(
         out, lse = reference.attend(q, pages, layer, page_table, sequence, kv_end)
     else:
         chosen = _backend(backend, q, pages)
-        tiling = chosen.prefill_tiling(q, pages)
+        tiling = chosen.prefill_tiling(q, pages, page_table.shape[0])
         where = ragged(query_offsets, q.shape[0], tiling.block_q)
         padded_q = jnp.pad(q, ((0, 1), (0, 0), (0, 0)))[where.query]
         padded_end = jnp.pad(kv_end, (0, 1))[where.query]
@@ -74,7 +74,7 @@ def paged_attention(
     return _finish(q, out, lse, kv_end, return_lse)
 
 
-def paged_decode(
+def paged_blocks(
     q: jax.Array,
     pages: jax.Array,
     layer: jax.Array,
@@ -84,16 +84,41 @@ def paged_decode(
     backend: str,
     return_lse: bool = False,
 ):
-    """`paged_attention` for one query a sequence: `q` `[R, H, E]`, `kv_end` `[R]`."""
-    sequence = jnp.arange(q.shape[0], dtype=jnp.int32)
+    """`paged_attention` for as many queries of each sequence, which all see the same: nothing has to be gathered.
+
+    Args:
+        q: `[R, N, H, E]`.
+        pages, layer, page_table: see `paged_attention`.
+        kv_end: `[R]` int32, of all queries of a sequence.
+        backend, return_lse: see `paged_attention`.
+
+    Returns:
+        `[R, N, H, E]` in q's dtype, or with `return_lse` float32 and `[R, N, H]` float32.
+    """
+    rows, count, heads, width = q.shape
     if backend == "reference":
-        out, lse = reference.attend(q, pages, layer, page_table, sequence, kv_end)
+        sequence = jnp.repeat(jnp.arange(rows, dtype=jnp.int32), count)
+        flat = q.reshape(-1, heads, width)
+        out, lse = reference.attend(flat, pages, layer, page_table, sequence, kv_end[sequence])
+        out, lse = out.reshape(rows, count, heads, -1), lse.reshape(rows, count, heads)
     else:
-        chosen = _backend(backend, q, pages)
-        tiling = chosen.decode_tiling(q, pages)
-        out, lse = _tiled(q[:, None], pages, layer, page_table, sequence, kv_end[:, None], tiling, chosen.attend)
-        out, lse = out[:, 0], lse[:, 0]
-    return _finish(q, out, lse, kv_end, return_lse)
+        flat = jax.ShapeDtypeStruct((rows * count, heads, width), q.dtype)
+        chosen = _backend(backend, flat, pages)
+        tiling = chosen.decode_tiling(flat, pages) if count == 1 else chosen.prefill_tiling(flat, pages, rows)
+        cuts = -(-count // tiling.block_q)
+        padded = jnp.pad(q, ((0, 0), (0, cuts * tiling.block_q - count), (0, 0), (0, 0)))
+        padded = padded.reshape(rows * cuts, tiling.block_q, heads, width)
+        sequence = jnp.repeat(jnp.arange(rows, dtype=jnp.int32), cuts)
+        ends = jnp.broadcast_to(kv_end[sequence, None], padded.shape[:2])
+        out, lse = _tiled(padded, pages, layer, page_table, sequence, ends, tiling, chosen.attend)
+        out, lse = (x.reshape(rows, -1, *x.shape[2:])[:, :count] for x in (out, lse))
+    return _finish(q, out, lse, kv_end[:, None], return_lse)
+
+
+def paged_decode(q: jax.Array, pages, layer, page_table, kv_end: jax.Array, *, backend: str, return_lse: bool = False):
+    """`paged_blocks` for one query a sequence: `q` `[R, H, E]`, `kv_end` `[R]`."""
+    out = paged_blocks(q[:, None], pages, layer, page_table, kv_end, backend=backend, return_lse=return_lse)
+    return jax.tree.map(lambda x: x[:, 0], out)
 
 
 def _backend(name: str, q, pages) -> Backend:
@@ -126,7 +151,7 @@ def _tiled(q, pages, layer, page_table, sequence, kv_end, tiling: Tiling, attend
 
 
 def _finish(q, out, lse, kv_end, return_lse):
-    sees = kv_end[:, None] > 0
+    sees = kv_end[..., None] > 0
     out = jnp.where(sees[..., None], out, 0)
     if not return_lse:
         return out.astype(q.dtype)

@@ -54,7 +54,7 @@ def supports(q, pages) -> bool:
     )
 
 
-def _prefill_tiling(q, pages) -> Tiling:
+def _prefill_tiling(q, pages, num_sequences) -> Tiling:
     return Tiling(_PREFILL.warpgroups * _ROWS, by_head=True)
 
 

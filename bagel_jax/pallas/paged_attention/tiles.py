@@ -27,8 +27,8 @@ class Backend(NamedTuple):
 
     # supports(q [T, H, E], pages): by shape, dtype and head width.
     supports: Callable[[jax.Array, jax.Array], bool]
-    # For ragged queries, and for one query a sequence; called with q and pages.
-    prefill_tiling: Callable[[jax.Array, jax.Array], Tiling]
+    # For ragged queries, called with q, pages and the number of sequences, and for one query a sequence.
+    prefill_tiling: Callable[[jax.Array, jax.Array, int], Tiling]
     decode_tiling: Callable[[jax.Array, jax.Array], Tiling]
     # attend(q [N, J, M, E], pages [L, P, K, 2, page, E], layer, page_table [R, n], tiles) -> [N, J, M, E] float32 or
     # q's dtype, and the log-sum-exp of the scores [N, J, M] float32. A tile with nothing to do gives zeros and -inf, a

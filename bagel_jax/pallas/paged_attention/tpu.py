@@ -32,7 +32,7 @@ def backend(interpret=False) -> Backend:
     """
     return Backend(
         partial(_supports, interpret=interpret),
-        lambda q, pages: Tiling(_block_q(q), rows=_sublanes(q)),
+        lambda q, pages, num_sequences: Tiling(_block_q(q), rows=_sublanes(q)),
         lambda q, pages: Tiling(1, rows=_sublanes(q)),
         partial(attend_tiles, interpret=interpret),
     )

@@ -15,20 +15,30 @@ from bagel_jax.pallas.paged_attention.pages import page_size, read
 from bagel_jax.pallas.paged_attention.tiles import Backend, Tiles, Tiling
 
 _BLOCK = 256  # keys at a time
-# Tiles are computed together as long as their scores over a block stay in a processor's cache.
-_SCORES = 2**18
+# Scores over a block of keys are kept in a processor's cache: those of one tile are so many at most, and tiles are
+# computed together up to so many.
+_SCORES_OF_A_TILE = 3 * 2**18
+_SCORES_TOGETHER = 2**18
+_LEAST_QUERIES = 64
 _LOW = float(jnp.finfo(jnp.float32).min)
 
 
 def backend() -> Backend:
     """XLA as a backend: it takes everything."""
-    return Backend(lambda q, pages: True, lambda q, pages: Tiling(64), lambda q, pages: Tiling(1), attend_tiles)
+    return Backend(lambda q, pages: True, _prefill_tiling, lambda q, pages: Tiling(1), attend_tiles)
+
+
+def _prefill_tiling(q, pages, num_sequences) -> Tiling:
+    """All queries of a sequence where all have as many and there is room for their scores: products should be large."""
+    share = -(-q.shape[0] // num_sequences)
+    cuts = -(-share // max(1, _SCORES_OF_A_TILE // (q.shape[1] * _BLOCK)))
+    return Tiling(max(_LEAST_QUERIES, -(-share // cuts)))
 
 
 def attend_tiles(q, pages, layer, page_table, tiles: Tiles) -> tuple[jax.Array, jax.Array]:
     """See `tiles.Backend.attend`; J = K, and the output is float32."""
     num_tiles, groups, rows, _ = q.shape
-    together = min(num_tiles, max(1, _SCORES // (groups * rows * _BLOCK)))
+    together = min(num_tiles, max(1, _SCORES_TOGETHER // (groups * rows * _BLOCK)))
     chunks = -(-num_tiles // together)
 
     def cut(x):
@@ -55,11 +65,11 @@ def _attend(pages, layer, page_table, q, tiles: Tiles):
         place = block * keys + jnp.arange(keys)
         scores = einsum("nkme,nkse->nkms", q, k) * q.shape[-1] ** -0.5
         seen = ((place < tiles.kv_end[:, :, None]) & (place >= tiles.start[:, None, None]))[:, None]
-        scores = jnp.where(seen, scores, _LOW)
+        scores = jnp.where(seen, scores, -jnp.inf)
         live = place < tiles.stop[:, None]  # beyond, a page may hold anything, NaN included
         v = jnp.where(live[:, None, :, None], v, 0)
-        higher = jnp.maximum(highest, scores.max(axis=-1))
-        weights = jnp.where(seen, jnp.exp(scores - higher[..., None]), 0.0)
+        higher = jnp.maximum(highest, scores.max(axis=-1))  # finite from the beginning
+        weights = jnp.exp(scores - higher[..., None])
         shrink = jnp.exp(highest - higher)
         total = total * shrink + weights.sum(axis=-1)
         out = out * shrink[..., None] + einsum("nkms,nkse->nkme", weights.astype(v.dtype), v)
