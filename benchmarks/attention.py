@@ -2,11 +2,12 @@
 
     python benchmarks/attention.py [check] [time] [pool] [--backends tpu xla cudnn]
 
-`check`: random ragged batches against float64, NaN wherever no token lives. `time`: on a GPU or TPU the kernel, XLA
-and, on a GPU, cuDNN at the sizes of BAGEL-7B-MoT; on a CPU, XLA and the reference at small ones. cuDNN does less: its
-keys are contiguous, without a mask, and the same each time, so that a cache may hold them. `pool`: decoding with pools
-of 200 and of 4000 pages, which must take the same time. Backends take turns; times are medians over the turns. Without
-a word: all three. Exit code 1 where a check fails.
+`check`: random ragged batches against float64, NaN wherever no token lives, and a sample of each problem that `time`
+has against float32. `time`: on a GPU or TPU the kernel, XLA and, on a GPU, cuDNN at the sizes of BAGEL-7B-MoT; on a
+CPU, XLA and the reference at small ones; against the floor, the larger of bytes over the rate of a copy and operations
+over that of a large product. cuDNN does less: its keys are contiguous, without a mask, and the same each time, so that
+a cache may hold them. `pool`: decoding with pools of 200 and of 4000 pages, which must take the same time. Backends
+take turns; times are medians over the turns. Without a word: all three. Exit code 1 where a check fails.
 
 Needs only JAX, NumPy, Pillow and this repository: `tests/` holds the random batches.
 """
@@ -21,6 +22,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -30,6 +32,7 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 from pallas.ragged_batches import TOLERANCE, draw, draw_blocks, draw_decode  # noqa: E402
 
+from bagel_jax.pallas.paged_attention import reference  # noqa: E402
 from bagel_jax.pallas.paged_attention.api import BACKENDS, paged_attention, paged_blocks, paged_decode  # noqa: E402
 from bagel_jax.pallas.paged_attention.pages import empty_pages  # noqa: E402
 
@@ -39,14 +42,16 @@ PLATFORM = jax.default_backend()
 KERNEL = {"gpu": "gpu", "tpu": "tpu"}.get(PLATFORM, "xla")
 BACKENDS_HERE = {"gpu": ["gpu", "xla", "cudnn"], "tpu": ["tpu", "xla"]}.get(PLATFORM, ["xla", "reference"])
 DTYPE = jnp.dtype("float32" if PLATFORM == "cpu" else "bfloat16")
+RELATIVE = {"float32": 1e-5, "bfloat16": 1e-2}  # error of an output that is right
+SAMPLE = 64  # queries of a problem that are held to the truth
 
 
 # Is it right?
 
 
-def say(name: str, error: float, lse_error: float, right: bool) -> bool:
+def say(name: str, errors: str, right: bool) -> bool:
     """A line about one case."""
-    print(f"check  {name:44} {error:.1e} lse {lse_error:.1e} {'ok' if right else 'WRONG'}", flush=True)
+    print(f"check  {name:48} {errors} {'ok' if right else 'WRONG'}", flush=True)
     return right
 
 
@@ -57,14 +62,14 @@ def distance(got, expected) -> float:
 
 def check(name: str, batch, function, dtype: str, backend: str) -> bool:
     """One ragged batch against float64."""
-    arguments = batch.arguments(dtype)
-    if backend != "reference" and not BACKENDS[backend].supports(*arguments[:2]):
-        print(f"check  {name:44} left to XLA", flush=True)
+    if backend != "reference" and not BACKENDS[backend].supports(*batch.arguments(dtype)[:2]):
+        print(f"check  {name:48} left to XLA", flush=True)
         return True
-    if function is paged_decode:
-        arguments = (*arguments[:4], arguments[5])
+    take = {paged_attention: batch.arguments, paged_blocks: batch.blocks, paged_decode: batch.decode}[function]
+    arguments = take(dtype)
     out, lse = jax.jit(partial(function, backend=backend, return_lse=True))(*arguments)
-    plain = jax.jit(partial(function, backend=backend))(*arguments)
+    plain = jax.jit(partial(function, backend=backend))(*arguments).reshape(batch.q.shape)
+    out, lse = out.reshape(batch.q.shape), lse.reshape(batch.q.shape[:2])
     real = slice(0, batch.query_offsets[-1])
     expected, expected_lse = (x[real] for x in batch.expected())
     seen = np.isfinite(expected_lse)
@@ -73,7 +78,7 @@ def check(name: str, batch, function, dtype: str, backend: str) -> bool:
     error = max(distance(np.asarray(x, np.float64)[real], expected) for x in (out, plain))
     lse_error = np.abs(lse[seen] - expected_lse[seen]).max()
     right = finite and max(error, lse_error) < TOLERANCE.get(dtype, 2e-2)
-    return say(name, error, lse_error, right and bool((np.isneginf(lse) == ~seen).all()))
+    return say(name, f"{error:.1e} lse {lse_error:.1e}", right and bool((np.isneginf(lse) == ~seen).all()))
 
 
 def check_all(backend: str) -> bool:
@@ -91,8 +96,8 @@ def check_all(backend: str) -> bool:
     others = [
         ("long, all queries", draw(7, [700, 300], [700, 300], **sizes), paged_attention),
         ("long, last queries", draw(8, [1500, 64, 1100], [130, 64, 1], **sizes), paged_attention),
-        ("denoise, 4 rows", draw_blocks(5, [33, 0, 640, 7], [200, 129, 64, 0], 200, **sizes), paged_attention),
-        ("denoise, no context", draw_blocks(6, [0, 0], [128, 1], 128, **sizes), paged_attention),
+        ("denoise, 4 rows", draw_blocks(5, [33, 0, 640, 7], [200, 129, 64, 0], 200, **sizes), paged_blocks),
+        ("denoise, no context", draw_blocks(6, [0, 0], [128, 1], 128, **sizes), paged_blocks),
         ("decode, long", draw_decode(10, [3000, 2049, 1], **sizes), paged_decode),
         ("decode, G 1", draw_decode(11, [300] * 40, width=64, heads=2, dtype=dtype), paged_decode),
     ]
@@ -131,8 +136,8 @@ def timer(function: Callable, q, *arguments, layers: int) -> Callable[[], float]
     return lambda: seconds(times)
 
 
-def compare(name: str, amount: float, unit: str, calls: dict[str, Callable[[], Callable[[], float]]]) -> None:
-    """Backends in turns; prints a line for each, with its time against the first's."""
+def compare(name: str, floor: float, calls: dict[str, Callable[[], Callable[[], float]]]) -> dict[str, float]:
+    """Backends in turns; prints a line for each, with its time against the floor's and the first's; returns seconds."""
     timers = {}
     for backend, start in calls.items():
         try:
@@ -147,12 +152,76 @@ def compare(name: str, amount: float, unit: str, calls: dict[str, Callable[[], C
     for backend, seconds in medians.items():
         ratio = seconds / next(iter(medians.values()))
         what = f"{name}, {backend}"
-        print(f"time   {what:48} {seconds * 1e6:11.1f} us {amount / seconds:9.4g} {unit} x{ratio:.2f}", flush=True)
+        line = f"{seconds * 1e6:11.1f} us, {seconds / floor:6.2f} of the floor, x{ratio:.2f}"
+        print(f"time   {what:52} {line}", flush=True)
+    return {"floor": floor, **medians}
 
 
-def normal(*shape):
-    """Random numbers."""
-    return jax.random.normal(jax.random.key(sum(shape)), shape, DTYPE)
+class Problem(NamedTuple):
+    """Queries at the ends of sequences over random pages."""
+
+    name: str
+    function: Callable  # `paged_decode`, `paged_attention` or `paged_blocks`
+    lengths: list[int]  # keys of each row, those of its queries included
+    queries: int = 1  # of each row
+    causal: bool = False
+
+    def arguments(self, pages) -> tuple:
+        """Queries, page table and what else the function takes."""
+        rows, total = len(self.lengths), len(self.lengths) * self.queries
+        shape = {paged_decode: (rows,), paged_attention: (total,), paged_blocks: (rows, self.queries)}[self.function]
+        ends, offsets = self.ends(), ()
+        if self.function is paged_attention:
+            offsets = (jnp.arange(rows + 1, dtype=jnp.int32) * self.queries,)
+        else:
+            ends = ends[:: self.queries]
+        q = jax.random.normal(jax.random.key(total), (*shape, HEADS, WIDTH), DTYPE)
+        return q, self.table(pages.shape[1]), *offsets, ends
+
+    def ends(self) -> jax.Array:
+        """What each query sees, `[R queries]`."""
+        behind = np.arange(self.queries)[::-1] if self.causal else np.zeros(self.queries, int)
+        return jnp.asarray((np.asarray(self.lengths)[:, None] - behind).reshape(-1), jnp.int32)
+
+    def table(self, num_pages: int) -> jax.Array:
+        """Pages of each row, anywhere in the pool."""
+        rows, width = len(self.lengths), -(-max(self.lengths) // PAGE)
+        numbers = np.random.default_rng(0).permutation(np.arange(1, num_pages))[: rows * width]
+        return jnp.asarray(numbers.reshape(rows, width), jnp.int32)
+
+    def call(self, backend: str) -> Callable:
+        """The function of `arguments`, pages and layer."""
+        return lambda q, pages, *others, layer: self.function(q, pages, layer, *others, backend=backend)
+
+    @property
+    def bytes(self) -> float:
+        """Keys and values that must be read, and queries and outputs."""
+        ends = 2 * len(self.lengths) * self.queries * HEADS
+        return (sum(self.lengths) * KV_HEADS * 2 + ends) * WIDTH * DTYPE.itemsize
+
+    @property
+    def operations(self) -> float:
+        """Multiplications and additions of its products."""
+        return 4.0 * int(self.ends().sum()) * HEADS * WIDTH
+
+    def floor(self, rates: dict[str, float]) -> float:
+        """Seconds that no kernel can be under."""
+        return max(self.bytes / rates["bytes"], self.operations / rates["operations"])
+
+
+def problems() -> list[Problem]:
+    """Those of the 7B model; on a CPU small ones."""
+    sizes = [4098, 1024, 4902, 4096], [(1, 8192), (16, 8192), (64, 8192)], [4098, 9216, 30]
+    if PLATFORM == "cpu":
+        sizes = [66, 128, 258, 256], [(1, 512), (8, 1024)], [128, 300, 30]
+    (vae, text, vit, long), decodes, contexts = sizes
+    return [
+        *(Problem(f"decode {rows} x {context}", paged_decode, [context] * rows) for rows, context in decodes),
+        Problem(f"prefill {vae} over {text}", paged_attention, [vae + text], vae),
+        Problem(f"prefill {vit} over 0", paged_attention, [vit], vit),
+        Problem(f"prefill {long} over 0 causal", paged_attention, [long], long, causal=True),
+        Problem(f"denoise {len(contexts)} x {vae} over {contexts}", paged_blocks, [c + vae for c in contexts], vae),
+    ]
 
 
 def make_pages(layers: int, count: int):
@@ -162,96 +231,90 @@ def make_pages(layers: int, count: int):
     return jax.jit(lambda keys: jax.lax.map(lambda key: jax.random.normal(key, shape, DTYPE), keys))(keys)
 
 
-def random_table(pages, rows: int, context: int):
-    """Pages of each row, anywhere in the pool."""
-    count = -(-context // PAGE)
-    numbers = np.random.default_rng(0).permutation(np.arange(1, pages.shape[1]))[: rows * count]
-    return jnp.asarray(numbers.reshape(rows, count), jnp.int32)
+def pages_for(some: list[Problem]):
+    """Enough for each of the problems, and several layers of them."""
+    most = max(len(p.lengths) * -(-max(p.lengths) // PAGE) for p in some)
+    return make_pages(2 if PLATFORM == "cpu" else 4, most + 1)
 
 
-def cudnn(q, k, v, layer):
-    """Attention of the same size by cuDNN."""
-    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+def relative_error(problem: Problem, pages, backend: str) -> float:
+    """Of a sample of the queries' outputs, against float32."""
+    q, table, *others = problem.arguments(pages)
+    out = jax.jit(partial(problem.call(backend), layer=1))(q, pages, table, *others)
+    total = len(problem.lengths) * problem.queries
+    some = np.sort(np.random.default_rng(1).permutation(total)[:SAMPLE])
+    got, asked = (x.reshape(total, HEADS, WIDTH)[some] for x in (out, q))
+    whose = jnp.asarray(some // problem.queries, jnp.int32)
+    truth, _ = jax.jit(reference.attend)(asked, pages, jnp.int32(1), table, whose, problem.ends()[some])
+    got, truth = (np.asarray(x, np.float64) for x in (got, truth))
+    return float(np.linalg.norm(got - truth) / np.linalg.norm(truth))
 
 
-def dense(rows: int, length: int):
-    """Contiguous keys and values for cuDNN."""
-    return normal(rows, length, KV_HEADS, WIDTH), normal(rows, length, KV_HEADS, WIDTH) * 0.5
+def cudnn(problem: Problem) -> Callable[[], float]:
+    """The timer of cuDNN's attention of the same size, all keys in one piece."""
+    rows, length = len(problem.lengths), problem.lengths[0]
+    keys = jax.random.normal(jax.random.key(2), (2, rows, length, KV_HEADS, WIDTH), DTYPE)
+    q = jax.random.normal(jax.random.key(3), (rows, problem.queries, HEADS, WIDTH), DTYPE)
+
+    def call(q, k, v, layer):
+        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+
+    return timer(call, q, *keys, layers=1)
 
 
-def decode(rows: int, context: int, pages, backend: str) -> Callable[[], float]:
-    """The timer of one query a row over `context` keys each."""
-    q = normal(rows, HEADS, WIDTH)
-    if backend == "cudnn":
-        return timer(cudnn, q[:, None], *dense(rows, context), layers=1)
-
-    def call(q, pages, table, ends, layer):
-        return paged_decode(q, pages, layer, table, ends, backend=backend)
-
-    ends = jnp.full((rows,), context, jnp.int32)
-    return timer(call, q, pages, random_table(pages, rows, context), ends, layers=pages.shape[0])
+def ours(problem: Problem, pages, backend: str) -> Callable[[], float]:
+    """The timer of a backend."""
+    q, *others = problem.arguments(pages)
+    return timer(problem.call(backend), q, pages, *others, layers=pages.shape[0])
 
 
-def prefill(queries: int, context: int, causal: bool, pages, backend: str) -> Callable[[], float]:
-    """The timer of one block of queries that see `context` keys and each other."""
-    q, length = normal(queries, HEADS, WIDTH), context + queries
-    if backend == "cudnn":
-        return timer(cudnn, q[None], *dense(1, length), layers=1)
+def measured_rates() -> dict[str, float]:
+    """Bytes a second that a copy moves, operations a second of a large product: what the device reaches at best."""
+    many, side = (2**26, 1024) if PLATFORM == "cpu" else (2**30, 8192)
+    x = jnp.zeros(many // DTYPE.itemsize, DTYPE)
+    a = jnp.ones((side, side), DTYPE)
 
-    def call(q, pages, table, ends, layer):
-        return paged_attention(q, pages, layer, table, jnp.asarray([0, queries], jnp.int32), ends, backend=backend)
+    def spent(function, x) -> float:
+        function, seconds = jax.jit(function, donate_argnums=0), []
+        for _ in range(2 * TURNS):
+            start = time.perf_counter()
+            x = jax.block_until_ready(function(x))
+            seconds.append(time.perf_counter() - start)
+        return median(seconds)
 
-    ends = jnp.arange(context, length) + 1 if causal else jnp.full((queries,), length)
-    return timer(call, q, pages, random_table(pages, 1, length), ends.astype(jnp.int32), layers=pages.shape[0])
-
-
-def denoise(queries: int, contexts: list[int], pages, backend: str) -> Callable[[], float]:
-    """The timer of stage 1: a block of queries for each of these contexts, which see it and each other."""
-    rows = len(contexts)
-
-    def call(q, pages, table, ends, layer):
-        return paged_blocks(q, pages, layer, table, ends, backend=backend)
-
-    table = random_table(pages, rows, max(contexts) + queries)
-    ends = jnp.asarray(contexts, jnp.int32) + queries
-    return timer(call, normal(rows, queries, HEADS, WIDTH), pages, table, ends, layers=pages.shape[0])
+    return {"bytes": 2 * many / spent(lambda x: x + 1, x), "operations": 2 * side**3 / spent(lambda a: a @ a, a)}
 
 
-def time_all(backends: list[str]) -> None:
-    """All sizes with all of these."""
-    if PLATFORM == "cpu":
-        decodes, blocks = [(1, 512), (8, 1024)], [(66, 128, False), (258, 512, False), (256, 0, True)]
-        edit, pages = (130, [128, 300, 30]), make_pages(2, 200)
-    else:
-        decodes = [(1, 8192), (16, 8192), (64, 8192)]
-        blocks = [(4098, 1024, False), (4902, 0, False), (4096, 0, True)]
-        edit, pages = (4098, [4098, 9216, 30]), make_pages(4, 8300)
+def time_all(backends: list[str]) -> dict[str, dict[str, float]]:
+    """All problems with all of these; returns the numbers."""
+    some, rates = problems(), measured_rates()
+    pages, results = pages_for(some), {}
+    print(f"time   copy {rates['bytes'] / 1e9:.0f} GB/s, product {rates['operations'] / 1e12:.3g} TFLOP/s", flush=True)
+    for problem in some:
+        calls = {name: partial(ours, problem, pages, name) for name in backends if name != "cudnn"}
+        if "cudnn" in backends and not problem.causal and len(set(problem.lengths)) == 1:  # it knows no pages, no mask
+            calls["cudnn"] = partial(cudnn, problem)
+        results[problem.name] = compare(problem.name, problem.floor(rates), calls)
+    return results
 
-    def calls(make, *sizes, without=()):
-        return {name: partial(make, *sizes, pages, name) for name in backends if name not in without}
 
-    for rows, context in decodes:
-        amount = rows * context * KV_HEADS * 2 * WIDTH * DTYPE.itemsize / 1e9
-        compare(f"decode {rows} x {context}", amount, "GB/s", calls(decode, rows, context))
-    for queries, context, causal in blocks:
-        pairs = queries * (context + queries) - (queries * (queries - 1) // 2 if causal else 0)
-        without = ["cudnn"] * causal  # it would see what a text may not
-        name = f"prefill {queries} over {context}{' causal' * causal}"
-        some = calls(prefill, queries, context, causal, without=without)
-        compare(name, 4 * pairs * HEADS * WIDTH / 1e12, "TFLOP/s", some)
-    queries, contexts = edit
-    amount = 4 * queries * (len(contexts) * queries + sum(contexts)) * HEADS * WIDTH / 1e12
-    some = calls(denoise, queries, contexts, without=["cudnn"])  # it knows no pages
-    compare(f"denoise {len(contexts)} x {queries} over {contexts}", amount, "TFLOP/s", some)
+def check_problems(backend: str) -> dict[str, float]:
+    """Each problem's relative error."""
+    some = problems()
+    pages, errors = pages_for(some), {}
+    for problem in some:
+        errors[problem.name] = error = relative_error(problem, pages, backend)
+        say(f"{problem.name}, {backend}", f"{error:.1e}", error < RELATIVE[str(DTYPE)])
+    return errors
 
 
 def time_pools(backend: str) -> None:
     """Whether decoding depends on how large the pool is."""
-    counts = 200, 4000
-    timers = [decode(8, 1024, make_pages(2, count), backend) for count in counts]
+    counts, problem = (200, 4000), Problem("decode 8 x 1024", paged_decode, [1024] * 8)
+    timers = [ours(problem, make_pages(2, count), backend) for count in counts]
     small, large = (median(x) for x in zip(*[[once() for once in timers] for _ in range(TURNS)], strict=True))
     print(
-        f"pool   decode 8 x 1024, {backend}: {small * 1e6:.1f} us with {counts[0]} pages, {large * 1e6:.1f} us with "
+        f"pool   {problem.name}, {backend}: {small * 1e6:.1f} us with {counts[0]} pages, {large * 1e6:.1f} us with "
         f"{counts[1]} (x{large / small:.2f})",
         flush=True,
     )
@@ -269,7 +332,10 @@ def main() -> int:
         p.error(f"--backends {', '.join(sorted(unknown))} is not one of {', '.join(BACKENDS)}, reference, cudnn")
     what = args.what or ["check", "time", "pool"]
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}, {DTYPE}, kernel: {KERNEL}", flush=True)
-    right = "check" not in what or check_all(KERNEL)
+    right = True
+    if "check" in what:
+        errors = check_problems(KERNEL)
+        right = check_all(KERNEL) and max(errors.values()) < RELATIVE[str(DTYPE)]
     if "time" in what:
         time_all(args.backends)
     if "pool" in what:

@@ -1,9 +1,9 @@
-"""BAGEL-7B on one GPU, with random weights: what pictures, texts and a load of requests take.
+"""BAGEL-7B on one GPU, with random weights: what kernels, pictures, texts and a load of requests take.
 
-    python benchmarks/gpu/measure.py pictures evaluations text load [--out FILE.json]
+    python benchmarks/gpu/measure.py kernels pictures evaluations text load [--out FILE.json]
 
-All of it takes about ten minutes on an H100, compiling included. Seconds are medians over runs after a first one that
-compiles.
+All of it takes more than ten minutes on an H100, compiling included. Seconds are medians over runs after a first one
+that compiles.
 """
 
 from __future__ import annotations
@@ -11,16 +11,20 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import sys
 import time
 from statistics import median
 
 import jax
 import numpy as np
-from model import random_bagel
+from model import ROOT, random_bagel
 from PIL import Image
 from profiling import profile
 
 from bagel_jax.request import Request
+
+sys.path.append(str(ROOT / "benchmarks"))
+import attention
 
 PEAK = {"H100": 989e12, "H200": 989e12}  # dense bfloat16 operations a second, by the vendor's data sheet
 PROMPT = "a red bench below a blue clock in a green garden, with a small dog beside it, late in the afternoon"
@@ -46,8 +50,8 @@ def picture(size: int, seed: int = 0) -> Image.Image:
 def step_operations(config, tokens: int, contexts: list[int]) -> float:
     """Operations of one evaluation with a row for each context, of so many tokens before the picture's block."""
     c = config.trunk
-    attention = c.hidden_size * c.num_heads * c.head_dim * 2 + 2 * c.hidden_size * c.num_kv_heads * c.head_dim
-    weights = c.num_layers * (attention + 3 * c.hidden_size * c.mlp_width)
+    projections = c.hidden_size * c.num_heads * c.head_dim * 2 + 2 * c.hidden_size * c.num_kv_heads * c.head_dim
+    weights = c.num_layers * (projections + 3 * c.hidden_size * c.mlp_width)
     scores = sum(4 * tokens * (tokens + 2 + s) * c.num_heads * c.head_dim * c.num_layers for s in contexts)
     return 2 * weights * tokens * len(contexts) + scores
 
@@ -62,6 +66,13 @@ def device() -> dict[str, str]:
     """What the numbers were measured on."""
     kind = jax.local_devices()[0].device_kind
     return {"device": kind, "jax": jax.__version__, "python": platform.python_version()}
+
+
+def kernels() -> dict:
+    """Every kernel at the model's shapes: its error, and its time against the floor, XLA and cuDNN."""
+    errors = attention.check_problems(attention.KERNEL)
+    seconds = attention.time_all(attention.BACKENDS_HERE)
+    return {name: {"relative_error": error, **seconds[name]} for name, error in errors.items()}
 
 
 def pictures(model, args) -> dict:
@@ -181,16 +192,19 @@ def main() -> None:
     """Runs the parts."""
     parts = {"pictures": pictures, "evaluations": evaluations, "text": text, "load": load}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="+", choices=parts)
+    parser.add_argument("parts", nargs="+", choices=["kernels", *parts])
     parser.add_argument("--cases", nargs="+", metavar="NAME", help="only pictures whose names begin so")
     parser.add_argument("--runs", type=int, default=3, metavar="N", help="after the first one")
     parser.add_argument("--profile", action="store_true", help="print the busiest kernels too")
     parser.add_argument("--out", metavar="FILE", help="write the numbers as json")
     args = parser.parse_args()
-    model = random_bagel(ar_max_num_seqs=64, dit_max_num_seqs=4)
-    results = device()
-    for part in args.parts:
-        results[part] = results.get(part, {}) | parts[part](model, args)
+    model, results = None, device()
+    for part in sorted(args.parts, key="kernels".__ne__):  # those first, while the memory is free
+        if part == "kernels":
+            results[part] = kernels()
+        else:
+            model = model or random_bagel(ar_max_num_seqs=64, dit_max_num_seqs=4)
+            results[part] = parts[part](model, args)
         if args.out:
             with open(args.out, "w", encoding="utf-8") as file:
                 json.dump(results, file, indent=1)

@@ -51,18 +51,11 @@ def compiled(function, backend: str):
 
 def check(backend: str, batch: Batch, dtype: str = "float32", function=paged_attention) -> None:
     """One backend's output and log-sum-exp, for every real query."""
-    arguments = batch.arguments(dtype)
     if backend != "reference":  # else what falls back to XLA would pass
-        assert BACKENDS[backend].supports(*arguments[:2])
-    if function is paged_decode:
-        arguments = (*arguments[:4], arguments[5])
-    if function is paged_blocks:
-        rows = len(batch.page_table)
-        q, *_, kv_end = arguments
-        arguments = (q.reshape(rows, -1, *q.shape[1:]), *arguments[1:4], kv_end.reshape(rows, -1)[:, 0])
-    out, lse = (np.asarray(x) for x in compiled(function, backend)(*arguments))
-    if function is paged_blocks:
-        out, lse = (x.reshape(-1, *x.shape[2:]) for x in (out, lse))
+        assert BACKENDS[backend].supports(*batch.arguments(dtype)[:2])
+    take = {paged_attention: batch.arguments, paged_blocks: batch.blocks, paged_decode: batch.decode}[function]
+    out, lse = (np.asarray(x) for x in compiled(function, backend)(*take(dtype)))
+    out, lse = out.reshape(batch.q.shape), lse.reshape(batch.q.shape[:2])
     expected, expected_lse = batch.expected()
     real = slice(0, batch.query_offsets[-1])
     np.testing.assert_array_equal(np.isneginf(lse[real]), np.isneginf(expected_lse[real]))

@@ -33,6 +33,17 @@ class Batch:
             jnp.asarray(self.kv_end, jnp.int32),
         )
 
+    def decode(self, dtype="float32"):
+        """What `paged_decode` takes, for a batch of `draw_decode`."""
+        q, pages, layer, table, _, kv_end = self.arguments(dtype)
+        return q, pages, layer, table, kv_end
+
+    def blocks(self, dtype="float32"):
+        """What `paged_blocks` takes, for a batch of `draw_blocks`."""
+        q, pages, layer, table, _, kv_end = self.arguments(dtype)
+        rows = len(table)
+        return q.reshape(rows, -1, *q.shape[1:]), pages, layer, table, kv_end.reshape(rows, -1)[:, 0]
+
     def expected(self) -> tuple[np.ndarray, np.ndarray]:
         """Output `[T, H, E]` and log-sum-exp `[T, H]` in float64."""
         heads, width = self.q.shape[1:]
