@@ -56,6 +56,7 @@ def _attend(pages, layer, page_table, q, tiles: Tiles):
     keys = a_block * size
     table = jnp.pad(page_table, ((0, 0), (0, -page_table.shape[1] % a_block)))
     exact = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+    scale = q.shape[-1] ** -0.5
     einsum = partial(jnp.einsum, precision=exact, preferred_element_type=jnp.float32)
 
     def step(block, carry):
@@ -63,14 +64,14 @@ def _attend(pages, layer, page_table, q, tiles: Tiles):
         numbers = jax.lax.dynamic_slice_in_dim(table, block * a_block, a_block, axis=1)[tiles.sequence]
         k, v = read(pages, layer, numbers)
         place = block * keys + jnp.arange(keys)
-        scores = einsum("nkme,nkse->nkms", q, k) * q.shape[-1] ** -0.5
+        scores = einsum("nkme,nkse->nkms", q, k)  # not scaled: in the exponents below that costs nothing
         seen = ((place < tiles.kv_end[:, :, None]) & (place >= tiles.start[:, None, None]))[:, None]
         scores = jnp.where(seen, scores, -jnp.inf)
         live = place < tiles.stop[:, None]  # beyond, a page may hold anything, NaN included
         v = jnp.where(live[:, None, :, None], v, 0)
         higher = jnp.maximum(highest, scores.max(axis=-1))  # finite from the beginning
-        weights = jnp.exp(scores - higher[..., None])
-        shrink = jnp.exp(highest - higher)
+        weights = jnp.exp((scores - higher[..., None]) * scale)
+        shrink = jnp.exp((highest - higher) * scale)
         total = total * shrink + weights.sum(axis=-1)
         out = out * shrink[..., None] + einsum("nkms,nkse->nkme", weights.astype(v.dtype), v)
         return higher, total, out
@@ -79,4 +80,5 @@ def _attend(pages, layer, page_table, q, tiles: Tiles):
     rows = q.shape[:-1]
     zero = jnp.full(rows, _LOW), jnp.zeros(rows), jnp.zeros((*rows, q.shape[-1]))
     highest, total, out = jax.lax.fori_loop(first, last, step, zero)
-    return out / jnp.where(total == 0, 1, total)[..., None], jnp.where(total == 0, -jnp.inf, highest + jnp.log(total))
+    lse = jnp.where(total == 0, -jnp.inf, highest * scale + jnp.log(total))
+    return out / jnp.where(total == 0, 1, total)[..., None], lse
