@@ -115,9 +115,7 @@ class Bagel:
         if self._weights is None:
             started = time.perf_counter()
             report = None if progress is None else partial(progress, "load")
-            weights = self._source.load(self.dtype, report)
-            if weights.device.platform == "gpu":
-                weights = weights.unrolled(self.config, self.dtype)
+            weights = self._source.load(self.dtype, report).for_serving(self.config, self.dtype)
             self._weights = jax.block_until_ready(weights)
             self.load_seconds = time.perf_counter() - started
         return self._weights

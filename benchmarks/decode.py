@@ -57,7 +57,8 @@ def make_stage(args, tokenizer: Tokenizer, **settings) -> ContextStage:
     head = params["trunk"]["lm_head"]["kernel"]
     head.set_value(head.get_value().at[:, tokenizer.im_end].set(0))
     serving = ServingSettings(attention=args.attention, **settings)
-    return ContextStage(Weights(abstract.graph, params), config, dtype, tokenizer, serving)
+    weights = Weights(abstract.graph, params).for_serving(config, dtype)
+    return ContextStage(weights, config, dtype, tokenizer, serving)
 
 
 def serve(stage: ContextStage, requests) -> tuple[float, dict[str, Finished]]:

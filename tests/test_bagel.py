@@ -1,19 +1,24 @@
-"""What is around the engine: dtype, the clock."""
+"""What is around the engine: dtype, how weights lie, the clock."""
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import threading
 import time
 from collections import defaultdict, deque
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+import small
 
 from bagel_jax import bagel
 from bagel_jax import clock as clock_module
 from bagel_jax.clock import Clock, Span
 from bagel_jax.errors import InputError
+from bagel_jax.models import weights
 
 
 def test_float32_on_a_cpu():
@@ -114,3 +119,29 @@ def test_one_thread_compiles_while_another_reads_its_time(compiling):
         stop.set()
         sys.setswitchinterval(interval)
         thread.join()
+
+
+class _Copies:
+    """The small model's source, with arrays of its own: taking layers apart consumes them."""
+
+    directory, config = small.TOKENIZER, small.CONFIG
+
+    def load(self, dtype, progress=None):
+        params = jax.tree.map(jnp.copy, small.weights().params)
+        return dataclasses.replace(small.weights(), params=params)
+
+
+def test_layers_apart(monkeypatch):
+    """On a CPU every step copies the weights, or layers that were taken apart come back in another order."""
+    stacked = small.model()
+    assert not stacked.load_weights().better_unrolled  # small ones stay in the cache, and compile faster
+    monkeypatch.setattr(weights, "_CACHE", 0)
+    made = bagel.Bagel(_Copies(), "float32", stacked.settings)
+    layers = made.load_weights().params["trunk"]["layers"]
+    assert len(layers) == small.CONFIG.trunk.num_layers
+    for ask in (("text2img", "a red bench"), ("img2text", "a red bench", small.picture())):
+        options = {"steps": 4} if ask[0] == "text2img" else {"max_tokens": 12}
+        ours, theirs = (one.generate(*ask, **options) for one in (made, stacked))
+        assert ours.text == theirs.text
+        if ours.latents is not None:
+            np.testing.assert_allclose(ours.latents, theirs.latents, rtol=1e-5, atol=1e-5)

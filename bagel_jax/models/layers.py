@@ -57,12 +57,13 @@ def stack(make, num_layers: int, rngs: nnx.Rngs):
 
 
 def unrolled(make, num_layers: int, rngs: nnx.Rngs):
-    """`num_layers` modules made by `make(rngs)`, each with parameters of its own: compiles longer than `stack`.
+    """`num_layers` modules as `make(rngs)` makes them, each with parameters of its own: compiles longer than `stack`.
 
-    Where programs read their parameters through libraries, as on a GPU, a layer's slice of stacked ones is first copied
-    out: every weight is then read twice and written once a step.
+    `Weights.better_unrolled` says where that is worth it. All begin as equals, since making each of 28 anew takes 10 s
+    and they are to be filled from a checkpoint.
     """
-    return nnx.List([make(rngs) for _ in range(num_layers)])
+    first = make(rngs)
+    return nnx.List([first, *(nnx.clone(first) for _ in range(num_layers - 1))])
 
 
 def scan_layers(layers, step, carry, per_layer=None, *, remat: bool = False):

@@ -8,11 +8,15 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import jax
+import numpy as np
 from flax import nnx
 
 from bagel_jax.config import BagelConfig
 from bagel_jax.models.bagel import BagelModel
 from bagel_jax.models.layers import stack, unrolled
+
+_LAYERS = "trunk", "layers"
+_CACHE = 2**26  # bytes, of a large processor's
 
 
 class Skeleton:
@@ -64,16 +68,30 @@ class Weights:
         """The same weights on a device; where they are there already nothing is copied."""
         return self if self.device == device else Weights(self.graph, jax.device_put(self.params, device))
 
-    def unrolled(self, config: BagelConfig, dtype) -> Weights:
-        """The same with the trunk's layers apart (`layers.unrolled`). Consumes these: each array is freed in turn."""
-        layers = "trunk", "layers"
+    @property
+    def better_unrolled(self) -> bool:
+        """Whether the trunk's layers are faster apart.
+
+        Programs on a GPU and a CPU read their weights through libraries, for which a layer's slice of stacked ones is
+        copied out in every step: each weight is then read twice and written once. On a CPU that does not matter where
+        all fit in its cache, and it compiles faster.
+        """
+        platform = self.device.platform
+        size = sum(v.get_value().nbytes for path, v in nnx.to_flat_state(self.params) if path[:2] == _LAYERS)
+        return platform == "gpu" or (platform == "cpu" and size > _CACHE)
+
+    def for_serving(self, config: BagelConfig, dtype) -> Weights:
+        """These, or where that is faster the same with the trunk's layers apart, for which the arrays here are freed."""
+        if not self.better_unrolled:
+            return self
+        unstack = _copied if self.device.platform == "cpu" else _unstack
         apart = []
         for path, variable in nnx.to_flat_state(self.params):
-            if path[:2] != layers:
+            if path[:2] != _LAYERS:
                 apart.append((path, variable))
                 continue
             array = variable.get_value()
-            apart += [((*layers, i, *path[2:]), variable.replace(x)) for i, x in enumerate(_unstack(array))]
+            apart += [((*_LAYERS, i, *path[2:]), variable.replace(x)) for i, x in enumerate(unstack(array))]
             array.delete()
         return Weights(abstract_weights(config, dtype, unrolled).graph, nnx.from_flat_state(apart))
 
@@ -98,6 +116,11 @@ def abstract_weights(config: BagelConfig, dtype, trunk_layers=stack) -> Weights:
 @jax.jit
 def _unstack(x):
     return [x[i] for i in range(x.shape[0])]
+
+
+def _copied(x: jax.Array) -> list[jax.Array]:
+    """`_unstack` where the host can read the array, without compiling for each shape."""
+    return [jax.device_put(layer.copy(), x.sharding) for layer in np.asarray(x)]
 
 
 def flatten(params: nnx.State) -> dict[str, object]:
