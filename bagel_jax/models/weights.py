@@ -81,7 +81,7 @@ class Weights:
         return platform == "gpu" or (platform == "cpu" and size > _CACHE)
 
     def for_serving(self, config: BagelConfig, dtype) -> Weights:
-        """These, or where that is faster the same with the trunk's layers apart, for which the arrays here are freed."""
+        """These, or where that is faster the same with the trunk's layers apart, which frees the arrays here."""
         if not self.better_unrolled:
             return self
         unstack = _copied if self.device.platform == "cpu" else _unstack
