@@ -26,7 +26,7 @@ def cli(tiny_dir, tmp_path, capsys) -> Cli:
         (("--dit-max-num-seqs", 0), "dit_max_num_seqs is 0"),
         (("--topology", "three-stage"), "--topology"),
         (("--ar-device", -1), "ar_device is -1"),
-        (("--dit-device", 7), "dit_device is 7; there are 1 devices, numbered from 0"),
+        (("--dit-device", 7), "dit_device is 7; it must be a device's number, from 0 to 0"),
         (("--attention", "flash"), "--attention"),
         (("--top-p", 0), "top_p is 0"),
         (("--top-k", -1), "top_k is -1"),

@@ -59,8 +59,8 @@ def stack(make, num_layers: int, rngs: nnx.Rngs):
 def unrolled(make, num_layers: int, rngs: nnx.Rngs):
     """`num_layers` modules as `make(rngs)` makes them, each with parameters of its own: compiles longer than `stack`.
 
-    `Weights.better_unrolled` says where that is worth it. All begin as equals, since making each of 28 anew takes 10 s
-    and they are to be filled from a checkpoint.
+    `Weights.better_unrolled` says where that is worth it. All begin as equals, since making each anew takes 0.3 s and
+    they are to be filled from a checkpoint.
     """
     first = make(rngs)
     return nnx.List([first, *(nnx.clone(first) for _ in range(num_layers - 1))])

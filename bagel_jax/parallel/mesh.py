@@ -42,5 +42,5 @@ def stage_devices(ar_device: int, dit_device: int) -> tuple[jax.Device, jax.Devi
     devices = jax.local_devices()
     for name, number in (("ar_device", ar_device), ("dit_device", dit_device)):
         if number >= len(devices):
-            raise InputError(f"{name} is {number}; there are {len(devices)} devices, numbered from 0")
+            raise InputError(f"{name} is {number}; it must be a device's number, from 0 to {len(devices) - 1}")
     return devices[ar_device], devices[dit_device]

@@ -2,8 +2,8 @@
 
     python benchmarks/gpu/measure.py kernels pictures evaluations text load [--out FILE.json]
 
-All of it takes more than ten minutes on an H100, compiling included. Seconds are medians over runs after a first one
-that compiles.
+Parts can be given one by one, where a call may not last as long as all of them. Seconds are medians over runs after a
+first one that compiles.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from bagel_jax.request import Request
 
 sys.path.append(str(ROOT / "benchmarks"))
 import attention
+from engine import serve
 
 PEAK = {"H100": 989e12, "H200": 989e12}  # dense bfloat16 operations a second, by the vendor's data sheet
 PROMPT = "a red bench below a blue clock in a green garden, with a small dog beside it, late in the afternoon"
@@ -162,30 +163,21 @@ def text(model, args) -> dict:
 def load(model, args) -> dict:
     """text2img 512², 20 steps, so many requests at a time."""
     results = {}
-    settings = {"height": 512, "width": 512, "steps": 20}
+
+    def some(count: int) -> list[Request]:
+        place = {"height": 512, "width": 512}
+        return [Request.create("text2img", f"{PROMPT} {i}", seed=i, steps=20, **place) for i in range(count)]
+
     for concurrency in (1, 4, 16):
-        serve(model, concurrency, max(4, concurrency), settings)  # compiles
         count = max(8, 2 * concurrency)
-        spent, latencies = serve(model, concurrency, count, settings)
+        serve(model, some(count), concurrency)  # compiles
+        spent, latencies = serve(model, some(count), concurrency)
         p50, p95 = np.percentile(latencies, (50, 95))
         print(
             f"concurrency {concurrency}: {count / spent:.2f} requests/s, p50 {p50:.2f} s, p95 {p95:.2f} s", flush=True
         )
         results[f"concurrency {concurrency}"] = {"requests_per_second": count / spent, "p50": p50, "p95": p95}
     return results
-
-
-def serve(model, concurrency: int, count: int, settings) -> tuple[float, list[float]]:
-    """Seconds of `count` requests, so many at a time, and of each."""
-    waiting = [Request.create("text2img", f"{PROMPT} {i}", seed=i, **settings) for i in range(count)]
-    started, latencies, running = time.perf_counter(), [], []
-    while waiting or running:
-        while waiting and len(running) < concurrency:
-            running.append((time.perf_counter(), model.submit(waiting.pop())))
-        began, handle = running.pop(0)
-        handle.result()
-        latencies.append(time.perf_counter() - began)
-    return time.perf_counter() - started, latencies
 
 
 def main() -> None:

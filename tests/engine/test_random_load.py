@@ -17,7 +17,7 @@ SIDES = (64, 128, 256, 512)
 
 
 def random_request(i: int, random: np.random.RandomState) -> Request:
-    """A request of any modality, 64 to 512 pixels a side, 2 to 20 steps, and settings of its own."""
+    """A request of any modality, 64 to 512 pixels a side, 2 to 20 steps (an edit 3 at most), its own settings."""
     modality = ("text2img", "img2img", "img2text", "text2img", "text2text")[random.randint(5)]
     options = {"seed": int(random.randint(1000)), "request_id": str(i)}
     height, width = (int(side) for side in random.choice(SIDES, 2))

@@ -19,7 +19,7 @@ _BLOCK = 256  # keys at a time
 # computed together up to so many.
 _SCORES_OF_A_TILE = 3 * 2**18
 _SCORES_TOGETHER = 2**18
-_LEAST_QUERIES = 64
+_LEAST_QUERIES = 64  # of a tile
 _LOW = float(jnp.finfo(jnp.float32).min)
 
 

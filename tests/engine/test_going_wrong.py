@@ -1,0 +1,220 @@
+"""Requests that fail or are cancelled: alone, at once, and leaving nothing behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+
+import numpy as np
+import pytest
+from mixed_load import empty, mixed, same
+from small import CONFIG, new_model, picture
+
+from bagel_jax.ar.stage import Finished
+from bagel_jax.diffusion import loop
+from bagel_jax.diffusion.stage import Drawn
+from bagel_jax.handle import Cancelled
+from bagel_jax.request import Request
+
+SIZES = {"height": 32, "width": 32}
+
+
+def test_regression_5_a_failure_is_told_at_once(bagel, monkeypatch):
+    """Whoever waits for a context that cannot come waits for a time-out, or for ever."""
+    submit = bagel.engine.ar.submit
+
+    def failing(prepared):
+        if prepared.request.request_id == "bad":
+            raise RuntimeError("no such luck")
+        submit(prepared)
+
+    monkeypatch.setattr(bagel.engine.ar, "submit", failing)
+    bad, good = (Request.create("text2img", "a bench", **SIZES, steps=3, request_id=i) for i in ("bad", "good"))
+    with pytest.raises(RuntimeError, match="no such luck"):
+        bagel.submit(bad).result(timeout=60)
+    assert bagel.submit(good).result(timeout=60).image is not None
+
+
+def test_not_a_number_fails_alone(bagel, alone):
+    """One request with unusable noise takes its neighbours with it, or gets a black picture."""
+    requests = [r for r in mixed(12) if r.makes_picture]
+    noise = {"latent": np.full((64, CONFIG.latent_dim), 3e38, np.float32)}
+    bad = bagel.submit(Request.create("text2img", "a bench", **SIZES, steps=4, init_noise=noise))
+    handles = [bagel.submit(request) for request in requests]
+    with pytest.raises(FloatingPointError, match="not finite"):
+        bad.result(timeout=120)
+    for request, handle in zip(requests, handles, strict=True):
+        same(handle.result(), alone[request.request_id])
+
+
+def test_a_device_error_in_stage_1_fails_alone(bagel, alone, monkeypatch):
+    """One request that makes the device fail takes those with it that share its batch."""
+    denoise = loop.denoise
+
+    def failing(static, arrays, state, batch, *rest):
+        if (batch.tokens == 35).any():
+            state.latents.delete()
+            state.pages.delete()
+            raise RuntimeError("out of memory")
+        return denoise(static, arrays, state, batch, *rest)
+
+    monkeypatch.setattr(loop, "denoise", failing)
+    requests = [r for r in mixed(12) if r.makes_picture and bagel.prepare(r).initial_latent.shape[0] != 35]
+    handles = [bagel.submit(request) for request in requests[:2]]
+    bad = bagel.submit(Request.create("text2img", "a bench", height=20, width=28, steps=5))
+    handles += [bagel.submit(request) for request in requests[2:]]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        bad.result(timeout=120)
+    for request, handle in zip(requests, handles, strict=True):
+        same(handle.result(), alone[request.request_id])
+
+
+def test_a_device_error_in_stage_0_fails_alone(bagel, alone, monkeypatch):
+    """One prompt that makes the device fail takes all contexts in work with it."""
+    dispatch = bagel.engine.ar._dispatch
+
+    def failing(plan):
+        if any(piece.job.request_id == "bad" for piece in plan.pieces):
+            bagel.engine.ar.pages.delete()
+            raise RuntimeError("out of memory")
+        return dispatch(plan)
+
+    monkeypatch.setattr(bagel.engine.ar, "_dispatch", failing)
+    requests = mixed(12)
+    handles = [bagel.submit(request) for request in requests[:6]]
+    bad = bagel.submit(Request.create("img2text", "a bench", picture(), max_tokens=4, request_id="bad"))
+    handles += [bagel.submit(request) for request in requests[6:]]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        bad.result(timeout=120)
+    for request, handle in zip(requests, handles, strict=True):
+        same(handle.result(timeout=300), alone[request.request_id])
+
+
+@pytest.mark.parametrize("after", [0, 1, 3])
+def test_cancel(bagel, alone, after):
+    """A cancelled request goes on, holds its pages, or takes others with it."""
+    requests = mixed(12)
+    long = Request.create("text2img", "a bench", **SIZES, steps=1000, request_id="long")
+    talking = Request.create("text2text", "a bench", max_tokens=2000, request_id="talking")
+    dropped = [bagel.submit(long), bagel.submit(talking)]
+    handles = [bagel.submit(request) for request in requests]
+    for handle in dropped:
+        events = handle.events()
+        for _ in range(after):
+            next(events)
+        assert handle.cancel()
+        assert not handle.cancel()
+        with pytest.raises(Cancelled, match=handle.request_id):
+            handle.result()
+        list(events)  # they end
+    for request, handle in zip(requests, handles, strict=True):
+        same(handle.result(), alone[request.request_id])
+
+
+def test_close_with_work_in_flight():
+    """Shutting down hangs, or leaves threads behind that keep the process alive."""
+    made = new_model()
+    handles = [made.submit(request) for request in mixed(12)]
+    made.close()
+    outcomes = [handle._future.exception(timeout=0) for handle in handles]
+    assert all(outcome is None or isinstance(outcome, Cancelled) for outcome in outcomes)
+    assert any(outcome is not None for outcome in outcomes)
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("bagel-")]
+    empty(made)
+    assert made.generate("text2text", "a bench", max_tokens=2).text is not None  # and it can go on
+
+
+def test_a_fault_of_ours_hangs_nobody(bagel, monkeypatch):
+    """An error in the engine itself ends a thread, and whoever waits waits for ever."""
+    monkeypatch.setattr(bagel.engine.dit, "step", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        bagel.submit(Request.create("text2img", "a bench", **SIZES, steps=3)).result(timeout=60)
+    monkeypatch.undo()
+    assert bagel.generate("text2img", "a bench", **SIZES, steps=3).image is not None
+
+
+def test_an_id_may_be_taken_again_after_a_cancel(bagel, alone):
+    """What is left of a cancelled request takes the place of the next one with its id, or keeps it waiting for ever."""
+    request = next(r for r in mixed(12) if r.makes_picture)
+    for pause in (0, 0, 0.01, 0.05, 0.1):
+        first = bagel.submit(request)
+        time.sleep(pause)
+        first.cancel()
+        same(bagel.submit(request).result(timeout=60), alone[request.request_id])
+
+
+@pytest.mark.parametrize("stage", ["ar", "dit"])
+def test_an_id_may_be_taken_again_while_its_stage_is_busy(bagel, alone, monkeypatch, stage):
+    """What a step says of a cancelled request is taken for the one that has its id by then."""
+    modality = "img2text" if stage == "ar" else "img2img"
+    request, other = [r for r in mixed(12) if r.modality == modality][:2]
+    stepping, go_on = threading.Event(), threading.Event()
+    at_work = getattr(bagel.engine, stage)
+    step = at_work.step
+
+    def slow(*args):
+        events = step(*args)
+        if any(isinstance(event, Finished | Drawn) for event in events):
+            stepping.set()
+            assert go_on.wait(60)
+        return events
+
+    monkeypatch.setattr(at_work, "step", slow)
+    first = bagel.submit(dataclasses.replace(other, request_id=request.request_id))
+    assert stepping.wait(60)
+    first.cancel()
+    second = bagel.submit(request)
+    go_on.set()
+    same(second.result(timeout=60), alone[request.request_id])
+
+
+def test_many_of_one_id(bagel):
+    """A context on its way to stage 1 gives back the room of the next one with its id."""
+    request = Request.create("text2img", "a bench", **SIZES, steps=3, request_id="again")
+    context = bagel.context(request)
+    expected = bagel.denoise(request, context).latents
+    stepping, go_on = threading.Event(), threading.Event()
+    step = bagel.engine.dit.step
+
+    def slow(*args):
+        stepping.set()
+        assert go_on.wait(60)
+        return step(*args)
+
+    bagel.engine.dit.step = slow
+    other = bagel.submit(Request.create("text2img", "a bench", **SIZES, steps=3))
+    assert stepping.wait(60)
+    prepared = bagel.prepare(request)
+    for _ in range(3):
+        first = bagel.engine.submit(prepared, context=context)
+        deadline = time.monotonic() + 0.2  # with two threads it is on its way by then
+        while not bagel.engine._arrived and time.monotonic() < deadline:
+            time.sleep(0.001)
+        first.cancel()
+    last = bagel.engine.submit(prepared, context=context)
+    time.sleep(0.1)
+    go_on.set()
+    np.testing.assert_allclose(last.result(timeout=60).latents, expected, rtol=1e-5, atol=1e-5)
+    assert other.result(timeout=60).image is not None
+
+
+def test_a_context_that_cannot_be_moved_fails_alone(bagel, alone, monkeypatch):
+    """A full device takes everybody with it, or the request's place in stage 1 is never given back."""
+    take = bagel.engine.ar.take
+
+    def failing(request_id):
+        if request_id == "bad":
+            raise RuntimeError("out of memory")
+        return take(request_id)
+
+    monkeypatch.setattr(bagel.engine.ar, "take", failing)
+    requests = [r for r in mixed(12) if r.makes_picture][:3]
+    bad = Request.create("text2img", "a bench", **SIZES, steps=3, request_id="bad")
+    handles = [bagel.submit(request) for request in (bad, *requests)]
+    with pytest.raises(RuntimeError, match="out of memory"):
+        handles[0].result(timeout=60)
+    for request, handle in zip(requests, handles[1:], strict=True):
+        same(handle.result(timeout=60), alone[request.request_id])
+    with pytest.raises(RuntimeError, match="out of memory"):
+        bagel.context(bad)
