@@ -1,4 +1,4 @@
-"""BAGEL-7B-MoT in JAX: text and pictures in, text and pictures out.
+"""BAGEL-7B-MoT in JAX: text and images in, text and images out.
 
 from bagel_jax import Bagel
 model = Bagel.load("models/BAGEL-7B-MoT")

@@ -39,7 +39,7 @@ _ENVIRONMENT = {
 # Sizes of BAGEL-7B-MoT's trunk (`llm_config.json` of ByteDance-Seed/BAGEL-7B-MoT), and a pool of KV pages.
 _LAYERS, _HEADS, _KV_HEADS, _WIDTH = 28, 28, 4, 128
 _PAGES, _PAGE = 2048, 64
-_VAE_BLOCK, _VIT_BLOCK = 4098, 4902  # tokens of a 1024 x 1024 picture, and the most that the ViT gives
+_VAE_BLOCK, _VIT_BLOCK = 4098, 4902  # tokens of a 1024 x 1024 image, and the most that the ViT gives
 _CONTEXTS = (4098, 9216, 30)  # of the three rows of an edit
 
 

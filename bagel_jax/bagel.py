@@ -227,15 +227,15 @@ class Bagel:
                 handle.cancel()
 
     def context(self, request: Request | Prepared) -> ContextKV:
-        """The context of a request for a picture, which stage 1 can make it from, here (`denoise`) or elsewhere.
+        """The context of a request for an image, which stage 1 can make it from, here (`denoise`) or elsewhere.
 
         Raises:
-            InputError: the request makes no picture, or cannot be done.
+            InputError: the request makes no image, or cannot be done.
         """
         return self.engine.submit(self._prepared(request), only_context=True).result()
 
     def denoise(self, request: Request | Prepared, context: ContextKV) -> Result:
-        """Makes a request's picture from its context; the request is to have the context's request_id.
+        """Makes a request's image from its context; the request is to have the context's request_id.
 
         The plan of think mode is part of the context, but the result has no text.
 
@@ -246,7 +246,7 @@ class Bagel:
         return self.engine.submit(self._prepared(request), context=context).result()
 
     def session(self, *, seed: int = 0, progress: Report | None = None) -> Session:
-        """A conversation in which pictures are drawn, edited and asked about; see `Session`."""
+        """A conversation in which images are drawn, edited and asked about; see `Session`."""
         return Session(partial(self.run, progress=progress), seed=seed)
 
     def close(self) -> None:
@@ -268,8 +268,8 @@ class _Counts:
     def begin(self, request: Request) -> None:
         """A request is in work."""
         s = request.settings
-        if request.think or not request.makes_picture:
-            limit = s.max_think_tokens if request.makes_picture else s.max_tokens
+        if request.think or not request.makes_image:
+            limit = s.max_think_tokens if request.makes_image else s.max_tokens
             self._set("decode", request.request_id, 0, limit)
 
     def note(self, request_id: str, event: TextDelta | Progress) -> None:

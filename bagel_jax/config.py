@@ -28,7 +28,7 @@ class TrunkConfig:
 
 @dataclass(frozen=True)
 class VitConfig:
-    """The SigLIP NaViT that reads pictures to be understood (official: `modeling/bagel/siglip_navit.py`)."""
+    """The SigLIP NaViT that reads images to be understood (official: `modeling/bagel/siglip_navit.py`)."""
 
     hidden_size: int
     num_layers: int
@@ -60,8 +60,8 @@ class AutoencoderConfig:
 
 
 @dataclass(frozen=True)
-class PictureTransform:
-    """Bounds of the resize that a picture goes through; all in pixels.
+class ImageTransform:
+    """Bounds of the resize that an image goes through; all in pixels.
 
     Source: `ImageTransform(max_image_size, min_image_size, image_stride)` in the official `data/transforms.py`.
     """
@@ -98,21 +98,21 @@ class BagelConfig:
 
     @property
     def max_image_size(self) -> int:
-        """Longest side of a produced picture, in pixels, that the latent position table has rows for."""
+        """Longest side of a produced image, in pixels, that the latent position table has rows for."""
         return self.max_latent_size * self.token_pixels
 
     @property
-    def vae_transform(self) -> PictureTransform:
-        """The resize for pictures to be edited: 1024/512/16 as in the official `app.py`, or what the table allows."""
+    def vae_transform(self) -> ImageTransform:
+        """The resize for images to be edited: 1024/512/16 as in the official `app.py`, or what the table allows."""
         stride = 16
         longest = max(stride, min(1024, self.max_image_size) // stride * stride)
-        return PictureTransform(longest, min(512, longest), stride)
+        return ImageTransform(longest, min(512, longest), stride)
 
     @property
-    def vit_transform(self) -> PictureTransform:
-        """The resize for pictures to be understood: 980/224/14 as in `app.py`, or what the table allows."""
+    def vit_transform(self) -> ImageTransform:
+        """The resize for images to be understood: 980/224/14 as in `app.py`, or what the table allows."""
         longest = min(980, self.max_vit_patches * self.vit.patch_size)
-        return PictureTransform(longest, min(224, longest), self.vit.patch_size)
+        return ImageTransform(longest, min(224, longest), self.vit.patch_size)
 
     def to_dict(self) -> dict:
         """A form that json can hold; `from_dict` reads it."""

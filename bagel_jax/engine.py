@@ -22,7 +22,7 @@ from bagel_jax.diffusion.stage import DenoiseStage, Drawn, Steps
 from bagel_jax.errors import InputError
 from bagel_jax.handle import Done, Handle, Progress, TextDelta
 from bagel_jax.handoff import ContextKV, Failed
-from bagel_jax.inputs.pictures import to_image
+from bagel_jax.inputs.images import to_image
 from bagel_jax.inputs.prepare import Prepared
 from bagel_jax.inputs.tokenizer import Tokenizer
 from bagel_jax.models.weights import Weights
@@ -111,10 +111,10 @@ class Engine:
             watched: whether somebody looks at progress, so that calls should be short.
 
         Raises:
-            InputError: its id is in work already, or it makes no picture where a context is concerned.
+            InputError: its id is in work already, or it makes no image where a context is concerned.
         """
         request = prepared.request
-        if (context is not None or only_context) and not request.makes_picture:
+        if (context is not None or only_context) and not request.makes_image:
             raise InputError(f"{request.modality} has no context to hand over; text2img and img2img have")
         if context is not None:
             self.dit.pages_needed(prepared, context.num_pages)
@@ -188,7 +188,7 @@ class Engine:
                 continue
             try:
                 self.ar.submit(record.prepared)
-                if record.prepared.request.makes_picture:
+                if record.prepared.request.makes_image:
                     self.dit.pages_needed(record.prepared, self.ar.pages_needed(record.handle.request_id))
             except Exception as error:
                 self.ar.cancel(record.handle.request_id)
@@ -265,7 +265,7 @@ class Engine:
                 self.ar.cancel(event.request_id)
                 self._end(record, error)
             return
-        if not record.prepared.request.makes_picture:
+        if not record.prepared.request.makes_image:
             self._end(record, result)
             return
         with self._wake:
@@ -310,7 +310,7 @@ class Engine:
         """Seconds that a call of stage 1 should last at most; None: all steps, since nobody waits for anything."""
         with self._wake:
             watched = any(record.handle.watched for record in self._records.values())
-            coming = (r.ready is None and r.prepared.request.makes_picture for r in self._records.values())
+            coming = (r.ready is None and r.prepared.request.makes_image for r in self._records.values())
             joining = self.dit.free_slots > 0 and any(coming)
         return CALL_SECONDS if watched or joining else None
 

@@ -22,7 +22,7 @@ class TextDelta:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a picture is: evaluations of the model."""
+    """How far an image is: evaluations of the model."""
 
     done: int
     total: int

@@ -25,7 +25,7 @@ _VERSION = 1
 
 @dataclass(frozen=True)
 class Failed:
-    """A request that is given up, and why. What waits for its context or its picture learns it from this at once."""
+    """A request that is given up, and why. What waits for its context or its image learns it from this at once."""
 
     request_id: str
     error: Exception
@@ -50,9 +50,9 @@ class ContextKV:
     length: jax.Array  # [V] int32, tokens that a view sees
     rope: jax.Array  # [V] int32, RoPE position of the view's latent block
     request_id: str
-    image_shape: tuple[int, int]  # height and width in pixels of the picture to make
+    image_shape: tuple[int, int]  # height and width in pixels of the image to make
     text_view: int  # the view of the branch without the last text
-    img_view: int  # the view of the branch without pictures
+    img_view: int  # the view of the branch without images
 
     def __post_init__(self):
         # Inside JAX's own transformations a pytree may hold anything in place of its arrays.

@@ -67,9 +67,9 @@ class PagePool:
 
 
 def context_pages(config: BagelConfig, page_size: int) -> int:
-    """Pages of the largest context that counts when pages are counted automatically: an edit of the largest picture."""
-    picture = (config.max_latent_size**2 + 2) + (config.max_vit_patches**2 + 2)
-    return -(-(picture + _TEXT_TOKENS) // page_size)
+    """Pages of the largest context that counts when pages are counted automatically: an edit of the largest image."""
+    image = (config.max_latent_size**2 + 2) + (config.max_vit_patches**2 + 2)
+    return -(-(image + _TEXT_TOKENS) // page_size)
 
 
 def page_bytes(config: BagelConfig, page_size: int, dtype) -> int:

@@ -137,13 +137,13 @@ class Request:
 
     Args:
         modality: one of `MODALITIES`.
-        inputs: prompts (str) and pictures (PIL), interleaved in any order, as the model is to see them.
+        inputs: prompts (str) and images (PIL), interleaved in any order, as the model is to see them.
         settings: see `Settings`; `Request.create` fills in the modality's defaults.
         seed: all randomness of the request comes from it.
         think: let the model plan in words first.
         negative_prompt: text for the guidance context that otherwise holds no last prompt.
-        picture_seeds: seeds of the posterior samples of the input pictures of an edit, one each; None: `seed` for all.
-        init_noise: noise to use instead of the seed's: `vae_0`, `vae_1`, … `[1, C, h, w]`, one an input picture of
+        image_seeds: seeds of the posterior samples of the input images of an edit, one each; None: `seed` for all.
+        init_noise: noise to use instead of the seed's: `vae_0`, `vae_1`, … `[1, C, h, w]`, one an input image of
             an edit, and `latent` `[N, C p²]`.
         request_id: names the request in results; made up if empty.
         notes: sentences for the person who asked, about what was understood from the request.
@@ -158,7 +158,7 @@ class Request:
     seed: int = 0
     think: bool = False
     negative_prompt: str | None = None
-    picture_seeds: tuple[int, ...] | None = None
+    image_seeds: tuple[int, ...] | None = None
     init_noise: Mapping[str, np.ndarray] | None = None
     request_id: str = ""
     notes: tuple[str, ...] = ()
@@ -172,25 +172,23 @@ class Request:
             raise InputError(f"negative_prompt is {self.negative_prompt!r}; it must be a string or None")
         for item in self.inputs:
             if not isinstance(item, str | Image.Image):
-                raise InputError(f"an input is a {type(item).__name__}; each must be a string or a PIL picture")
+                raise InputError(f"an input is a {type(item).__name__}; each must be a string or a PIL image")
         for text in (*self.inputs, self.negative_prompt):
             if isinstance(text, str) and not _is_unicode(text):
                 raise InputError(f"prompt {text!r} is not valid Unicode text; give it in UTF-8")
-        pictures = sum(isinstance(item, Image.Image) for item in self.inputs)
-        wants_picture = self.modality.startswith("img2")
-        if wants_picture and not pictures:
-            raise InputError(f"{self.modality} was given no picture; it needs one")
-        if pictures and not wants_picture:
-            other = "img2img" if self.makes_picture else "img2text"
-            raise InputError(f"{self.modality} was given a picture; it takes text only ({other} takes a picture)")
-        if self.picture_seeds is not None:
-            for value in self.picture_seeds:
-                check_whole("picture_seeds", value, 0, MAX_SEED)
-            if len(self.picture_seeds) != pictures:
-                raise InputError(
-                    f"picture_seeds has {len(self.picture_seeds)} seeds for {pictures} pictures; give one each"
-                )
-        if pictures == len(self.inputs):
+        images = sum(isinstance(item, Image.Image) for item in self.inputs)
+        wants_image = self.modality.startswith("img2")
+        if wants_image and not images:
+            raise InputError(f"{self.modality} was given no image; it needs one")
+        if images and not wants_image:
+            other = "img2img" if self.makes_image else "img2text"
+            raise InputError(f"{self.modality} was given an image; it takes text only ({other} takes an image)")
+        if self.image_seeds is not None:
+            for value in self.image_seeds:
+                check_whole("image_seeds", value, 0, MAX_SEED)
+            if len(self.image_seeds) != images:
+                raise InputError(f"image_seeds has {len(self.image_seeds)} seeds for {images} images; give one each")
+        if images == len(self.inputs):
             raise InputError(f"{self.modality} was given no prompt; it needs one")
 
     @classmethod
@@ -204,7 +202,7 @@ class Request:
         seed: int = 0,
         think: bool = False,
         negative_prompt: str | None = None,
-        picture_seeds: Sequence[int] | None = None,
+        image_seeds: Sequence[int] | None = None,
         init_noise: Mapping[str, np.ndarray] | None = None,
         request_id: str | None = None,
         **settings: Any,
@@ -213,14 +211,14 @@ class Request:
 
         Args:
             modality: one of `MODALITIES`.
-            prompt: the text; comes after the pictures, as in the official app.
-            image: a picture or several, as files or PIL pictures.
-            inputs: instead of `prompt` and `image`: texts and PIL pictures in any order.
-            seed, think, negative_prompt, picture_seeds, init_noise, request_id: see `Request`.
+            prompt: the text; comes after the images, as in the official app.
+            image: an image or several, as files or PIL images.
+            inputs: instead of `prompt` and `image`: texts and PIL images in any order.
+            seed, think, negative_prompt, image_seeds, init_noise, request_id: see `Request`.
             **settings: fields of `Settings`; None means the default.
 
         Raises:
-            InputError: an unknown setting, a picture that cannot be read, or what `Request` and `Settings` raise.
+            InputError: an unknown setting, an image that cannot be read, or what `Request` and `Settings` raise.
         """
         check_choice("modality", modality, MODALITIES)
         if inputs is None:
@@ -228,7 +226,7 @@ class Request:
                 image = ()
             elif isinstance(image, str | Path | Image.Image):
                 image = (image,)
-            inputs = [*(i if isinstance(i, Image.Image) else open_picture(i) for i in image)]
+            inputs = [*(i if isinstance(i, Image.Image) else open_image(i) for i in image)]
             inputs += [] if prompt is None else [prompt]
         elif prompt is not None or image is not None:
             raise InputError("inputs was given beside prompt or image; give either inputs or the other two")
@@ -259,15 +257,15 @@ class Request:
             seed=seed,
             think=think,
             negative_prompt=negative_prompt,
-            picture_seeds=None if picture_seeds is None else tuple(picture_seeds),
+            image_seeds=None if image_seeds is None else tuple(image_seeds),
             init_noise=init_noise,
             request_id=request_id or "",
             notes=tuple(notes),
         )
 
     @property
-    def makes_picture(self) -> bool:
-        """Whether a picture comes out."""
+    def makes_image(self) -> bool:
+        """Whether an image comes out."""
         return self.modality.endswith("img")
 
     @property
@@ -275,11 +273,11 @@ class Request:
         """The texts of the inputs."""
         return "\n".join(item for item in self.inputs if isinstance(item, str))
 
-    def picture_size(self, config: BagelConfig) -> tuple[int, int]:
-        """Height and width in pixels of the picture that a text2img request makes with a model.
+    def image_size(self, config: BagelConfig) -> tuple[int, int]:
+        """Height and width in pixels of the image that a text2img request makes with a model.
 
         Raises:
-            InputError: the model cannot make a picture of the requested size.
+            InputError: the model cannot make an image of the requested size.
         """
         unit, limit = config.token_pixels, config.max_image_size
         size = []
@@ -303,7 +301,7 @@ class Request:
 
 @dataclass
 class Result:
-    """What came of a request: a text, or a picture; in think mode a picture and the text of the plan."""
+    """What came of a request: a text, or an image; in think mode an image and the text of the plan."""
 
     request_id: str
     modality: str
@@ -326,19 +324,19 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def open_picture(path: str | Path) -> Image.Image:
-    """A picture from a file, fully decoded.
+def open_image(path: str | Path) -> Image.Image:
+    """An image from a file, fully decoded.
 
     Raises:
-        InputError: no such file, or not a picture that Pillow can read.
+        InputError: no such file, or not an image that Pillow can read.
     """
     try:
-        picture = Image.open(path)
-        picture.load()
+        image = Image.open(path)
+        image.load()
     except FileNotFoundError:
-        raise InputError(f"picture {path} does not exist; give the path of a picture file") from None
+        raise InputError(f"image {path} does not exist; give the path of an image file") from None
     except Image.DecompressionBombError as error:
-        raise InputError(f"picture {path} is too large ({error}); give a smaller one") from None
+        raise InputError(f"image {path} is too large ({error}); give a smaller one") from None
     except Exception as error:  # Pillow's decoders raise whatever they like
-        raise InputError(f"{path} cannot be read as a picture ({error}); give a PNG, JPEG or the like") from None
-    return picture
+        raise InputError(f"{path} cannot be read as an image ({error}); give a PNG, JPEG or the like") from None
+    return image

@@ -1,4 +1,4 @@
-"""What the command line leaves behind: pictures, `results.jsonl`, answers on standard output, and progress bars."""
+"""What the command line leaves behind: images, `results.jsonl`, answers on standard output, and progress bars."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from PIL import Image
 from bagel_jax.command import BAD_INPUT, DONE, FAILED, INTERRUPTED, Parser
 from bagel_jax.demo.example import EXAMPLES, MODEL
 from bagel_jax.errors import InputError
-from bagel_jax.request import MODALITIES, RENORM_TYPES, Request, Settings, defaults_table, open_picture
+from bagel_jax.request import MODALITIES, RENORM_TYPES, Request, Settings, defaults_table, open_image
 from bagel_jax.results import Results, output_folder
 from bagel_jax.settings import ATTENTION, ATTENTION_VARIABLE, PAGE_SIZES, TOPOLOGIES, ServingSettings
 from bagel_jax.turns import read_turns
@@ -35,7 +35,7 @@ def parser() -> argparse.ArgumentParser:
     """The options. Those of a request default to None here: their defaults stand in `request.DEFAULTS`."""
     p = Parser(
         prog="python -m bagel_jax.run",
-        description="Text and pictures in, text and pictures out, with a BAGEL model.",
+        description="Text and images in, text and images out, with a BAGEL model.",
         epilog="Defaults by modality:\n\n" + defaults_table(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
         "--model",
         metavar="DIR",
         help="a published or a converted BAGEL checkpoint (default: the bundled demo model of coloured shapes, "
-        "with an example for what is not given of prompts and picture)",
+        "with an example for what is not given of prompts and image)",
     )
     p.add_argument("--modality", choices=MODALITIES, help="what goes in and what comes out; alone: an example")
     p.add_argument(
@@ -55,16 +55,16 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--prompts", nargs="+", action="extend", metavar="P", help="one result a prompt")
     p.add_argument("--txt-prompts", metavar="FILE", help="prompts from a file, one a line")
     p.add_argument(
-        "--image-path", nargs="+", action="extend", metavar="IMG", help="one picture for all prompts, or one each"
+        "--image-path", nargs="+", action="extend", metavar="IMG", help="one image for all prompts, or one each"
     )
     p.add_argument("--output", default="output", metavar="DIR", help="where results go (default: %(default)s)")
 
-    g = p.add_argument_group("pictures")
+    g = p.add_argument_group("images")
     g.add_argument("--height", type=int, metavar="H", help="pixels; text2img")
     g.add_argument("--width", type=int, metavar="W", help="pixels; text2img")
     g.add_argument("--steps", type=int, metavar="N", help="schedule points; N - 1 evaluations of the model")
     g.add_argument("--cfg-text-scale", type=float, metavar="X", help="guidance towards the text; 1 is off")
-    g.add_argument("--cfg-img-scale", type=float, metavar="X", help="guidance towards the pictures; 1 is off")
+    g.add_argument("--cfg-img-scale", type=float, metavar="X", help="guidance towards the images; 1 is off")
     g.add_argument("--cfg-interval", type=float, nargs=2, metavar=("LO", "HI"), help="timesteps with guidance")
     g.add_argument("--cfg-renorm-type", metavar="{" + ",".join(RENORM_TYPES) + "}")
     g.add_argument("--cfg-renorm-min", type=float, metavar="X", help="least factor of the renormalisation")
@@ -74,18 +74,18 @@ def parser() -> argparse.ArgumentParser:
         "--taylorseer",
         action="store_true",
         default=None,
-        help="forecast most steps instead of computing them: faster, other pictures",
+        help="forecast most steps instead of computing them: faster, other images",
     )
     g.add_argument("--taylorseer-interval", type=int, metavar="N", help="every N steps one is computed")
     g.add_argument("--taylorseer-order", type=int, metavar="M", help="of the forecast")
     g.add_argument("--taylorseer-first", type=int, metavar="N", help="steps at the beginning that are all computed")
-    g.add_argument("--vae-tiling", action="store_true", help="decode large pictures in tiles: less memory")
+    g.add_argument("--vae-tiling", action="store_true", help="decode large images in tiles: less memory")
     g.add_argument("--init-noise", metavar="FILE.npz", help="noise of another run: latent, vae_0, vae_1, …")
     g.add_argument("--save-latents", action="store_true", help="write output_I.latent.npy too")
 
     g = p.add_argument_group("text")
     g.add_argument("--think", action="store_true", help="let the model plan in words first")
-    g.add_argument("--max-think-tokens", type=int, metavar="N", help="limit of the plan before a picture")
+    g.add_argument("--max-think-tokens", type=int, metavar="N", help="limit of the plan before an image")
     g.add_argument("--max-tokens", type=int, metavar="N", help="limit of an answer, its thinking included")
     g.add_argument(
         "--do-sample", action="store_true", default=None, help="sample, instead of the likeliest token each time"
@@ -109,7 +109,7 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         default=usual.dit_max_num_seqs,
         metavar="N",
-        help="pictures at once in stage 1, which denoises (%(default)s)",
+        help="images at once in stage 1, which denoises (%(default)s)",
     )
     g.add_argument("--ar-device", type=int, default=usual.ar_device, metavar="I", help="of stage 0 (%(default)s)")
     g.add_argument("--dit-device", type=int, default=usual.dit_device, metavar="I", help="of stage 1 (%(default)s)")
@@ -124,7 +124,7 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         default=usual.max_num_batched_tokens,
         metavar="N",
-        help="tokens a step; a block of a picture is never cut (%(default)s)",
+        help="tokens a step; a block of an image is never cut (%(default)s)",
     )
     g.add_argument(
         "--page-size",
@@ -170,13 +170,13 @@ def _fill_in(args: argparse.Namespace, argv: list[str]) -> list[str]:
     """Without --model fills in the demo model, and its example for what is missing; returns what to tell of it."""
     if args.model is not None:
         return []
-    prompt, picture = EXAMPLES[args.modality]
+    prompt, image = EXAMPLES[args.modality]
     args.model = _from_here(MODEL)
     added, missing = ["--model", args.model], []
-    if picture is not None and args.image_path is None:
-        args.image_path = [_from_here(picture)]
+    if image is not None and args.image_path is None:
+        args.image_path = [_from_here(image)]
         added += ["--image-path", *args.image_path]
-        missing.append("picture")
+        missing.append("image")
     if args.prompts is None and args.txt_prompts is None:
         args.prompts = [prompt] * len(args.image_path or [None])
         added += ["--prompts", *args.prompts]
@@ -301,28 +301,28 @@ def _requests(args: argparse.Namespace, prompts: list[str]) -> list[Request | In
     paths = args.image_path or []
     if len(paths) not in (0, 1, len(prompts)):
         raise InputError(
-            f"--image-path names {len(paths)} pictures for {len(prompts)} prompts; give one, or one for each prompt"
+            f"--image-path names {len(paths)} images for {len(prompts)} prompts; give one, or one for each prompt"
         )
     noise = None if args.init_noise is None else _read_noise(Path(args.init_noise))
     opened: dict[str, Image.Image | InputError] = {}
     for path in paths:
         try:
-            opened.setdefault(path, open_picture(path))
+            opened.setdefault(path, open_image(path))
         except InputError as error:
             opened[path] = error
     settings = {field.name: getattr(args, field.name) for field in dataclasses.fields(Settings)}
     requests: list[Request | InputError] = []
     for i, prompt in enumerate(prompts):
-        picture = opened[paths[i if len(paths) > 1 else 0]] if paths else None
-        if isinstance(picture, InputError):
-            requests.append(picture)
+        image = opened[paths[i if len(paths) > 1 else 0]] if paths else None
+        if isinstance(image, InputError):
+            requests.append(image)
             continue
         # An error here is one of the options, the same for every request, so it ends the run.
         requests.append(
             Request.create(
                 args.modality,
                 prompt,
-                picture,
+                image,
                 seed=args.seed + i,
                 think=args.think,
                 negative_prompt=args.negative_prompt,

@@ -1,4 +1,4 @@
-"""A conversation: pictures are drawn, edited and asked about, turn after turn, over one growing context."""
+"""A conversation: images are drawn, edited and asked about, turn after turn, over one growing context."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from bagel_jax.request import Request, Result
 class Session:
     """Turns that each see all turns before them.
 
-    What a turn brings, prompts, given pictures, produced pictures and answers, becomes part of the context of those
-    that follow: a picture as its VAE and ViT blocks where the turn makes a picture, as its ViT block where it makes a
+    What a turn brings, prompts, given images, produced images and answers, becomes part of the context of those
+    that follow: an image as its VAE and ViT blocks where the turn makes an image, as its ViT block where it makes a
     text. Contexts are found again in the prefix cache, so that a turn computes what is new.
 
     Args:
         run: answers a request.
-        seed: turn i has the seed `seed` + i. The posterior sample of a picture keeps the seed of the turn that brought
+        seed: turn i has the seed `seed` + i. The posterior sample of an image keeps the seed of the turn that brought
             it.
     """
 
@@ -27,15 +27,15 @@ class Session:
         self._run, self._seed, self._turn = run, seed, 0
         self.requests: list[Request] = []  # of the turns so far
         self.history: list[str | Image.Image] = []
-        self._picture_seeds: list[int] = []
+        self._image_seeds: list[int] = []
 
-    def add(self, picture: Image.Image) -> None:
-        """Puts a picture into the context, of which the next turns know."""
-        self.history.append(picture)
-        self._picture_seeds.append(self._seed + self._turn)
+    def add(self, image: Image.Image) -> None:
+        """Puts an image into the context, of which the next turns know."""
+        self.history.append(image)
+        self._image_seeds.append(self._seed + self._turn)
 
     def draw(self, prompt: str, **options: Any) -> Result:
-        """A new picture, or an edit where there is one; it joins the context, and in think mode the plan before it.
+        """A new image, or an edit where there is one; it joins the context, and in think mode the plan before it.
 
         Args:
             prompt: what to draw or change.
@@ -67,11 +67,11 @@ class Session:
         return result
 
     def _take(self, makes: str, prompt: str, options: dict[str, Any]) -> Result:
-        source = "img" if self._picture_seeds else "text"
+        source = "img" if self._image_seeds else "text"
         inputs = [*self.history, prompt]
-        seeds = self._picture_seeds if makes == "img" else None
+        seeds = self._image_seeds if makes == "img" else None
         options = {"seed": self._seed + self._turn} | options
-        request = Request.create(f"{source}2{makes}", inputs=inputs, picture_seeds=seeds, **options)
+        request = Request.create(f"{source}2{makes}", inputs=inputs, image_seeds=seeds, **options)
         result = self._run(request)
         self.requests.append(request)
         self.history.append(prompt)

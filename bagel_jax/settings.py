@@ -20,13 +20,13 @@ class ServingSettings:
 
     Args:
         ar_max_num_seqs: requests in work at once in stage 0, at most.
-        max_num_batched_tokens: tokens a step, at most. A block of a picture is never cut: a larger one has a step with
+        max_num_batched_tokens: tokens a step, at most. A block of an image is never cut: a larger one has a step with
             no other prefill.
         page_size: tokens a page of the KV cache, one of `PAGE_SIZES`.
         num_pages: pages of the KV cache; None: as the device's memory and the largest contexts suggest.
         prefix_cache: keep the pages of finished contexts and find them again by what is in them.
-        dit_max_num_seqs: pictures that stage 1 denoises at once, at most.
-        vae_tiling: decode large pictures in tiles: less memory, not quite the same pixels (`diffusion/decoder.py`).
+        dit_max_num_seqs: images that stage 1 denoises at once, at most.
+        vae_tiling: decode large images in tiles: less memory, not quite the same pixels (`diffusion/decoder.py`).
         topology: `two-stage`: the stages work at the same time, each in a thread of its own; `single-stage`: by turns.
         ar_device, dit_device: number of the device that each stage works on; the weights are on both.
         attention: one of `ATTENTION`; for `auto` the environment variable `BAGEL_JAX_ATTENTION` decides if it is set.

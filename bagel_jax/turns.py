@@ -1,6 +1,6 @@
 """The turns of a conversation from a file, for `python -m bagel_jax.run --turns FILE.jsonl`.
 
-A line is a turn: `{"draw": PROMPT}` or `{"ask": PROMPT}`, with "image": FILE to bring in a picture first, and with any
+A line is a turn: `{"draw": PROMPT}` or `{"ask": PROMPT}`, with "image": FILE to bring in an image first, and with any
 setting of a request under its name:
 
     {"draw": "a red circle on a white background"}
@@ -20,7 +20,7 @@ from typing import Any
 from PIL import Image
 
 from bagel_jax.errors import InputError
-from bagel_jax.request import APPLICABLE, Request, Result, Settings, open_picture
+from bagel_jax.request import APPLICABLE, Request, Result, Settings, open_image
 from bagel_jax.session import Session
 
 _OPTIONS = (*(field.name for field in dataclasses.fields(Settings)), "seed", "think", "negative_prompt")
@@ -52,22 +52,22 @@ def read_turns(name: str, usual: Mapping[str, Any]) -> list[Turn]:
         lines = Path(name).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--turns {name} cannot be read as text ({error}); give a file in UTF-8") from None
-    turns, pictures = [], 0
+    turns, images = [], 0
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            turn = _turn(line, usual, pictures)
+            turn = _turn(line, usual, images)
         except InputError as error:
             raise InputError(f"--turns {name}, line {number}: {error}") from None
         turns.append(turn)
-        pictures += turn.draws + (turn.image is not None)
+        images += turn.draws + (turn.image is not None)
     if not turns:
         raise InputError(f'--turns {name} holds no turn; it must hold one a line, as {{"draw": "a red circle"}}')
     return turns
 
 
-def _turn(line: str, usual: Mapping[str, Any], pictures: int) -> Turn:
+def _turn(line: str, usual: Mapping[str, Any], images: int) -> Turn:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:  # no JSON, a number of thousands of digits, or a thousand brackets
@@ -80,12 +80,12 @@ def _turn(line: str, usual: Mapping[str, Any], pictures: int) -> Turn:
     if not isinstance(prompt, str) or not prompt:
         raise InputError(f"the prompt is {prompt!r}; it must be a text")
     if image is not None:
-        image = open_picture(image)
+        image = open_image(image)
     for key in record:
         if key not in _OPTIONS:
             raise InputError(f"there is no setting {key}; there are {', '.join(_OPTIONS)}")
-    # What is wrong with the options shows without the pictures that the turn will see.
-    seen = [image or Image.new("RGB", (16, 16))] if pictures or image is not None else []
+    # What is wrong with the options shows without the images that the turn will see.
+    seen = [image or Image.new("RGB", (16, 16))] if images or image is not None else []
     modality = f"{'img' if seen else 'text'}2{'img' if draws else 'text'}"
     options = {name: value for name, value in usual.items() if _concerns(name, modality)} | record
     Request.create(modality, inputs=[*seen, prompt], **options)

@@ -33,7 +33,7 @@ from bagel_jax.request import Request  # noqa: E402
 from bagel_jax.settings import ATTENTION, ServingSettings  # noqa: E402
 
 BATCHES = 1, 4, 8, 16
-PICTURE = 512  # pixels a side, so 37 x 37 patches
+IMAGE = 512  # pixels a side, so 37 x 37 patches
 
 
 def make_stage(args, tokenizer: Tokenizer, **settings) -> ContextStage:
@@ -107,17 +107,15 @@ def throughput(args, tokenizer: Tokenizer) -> None:
 
 
 def second_question(args, tokenizer: Tokenizer) -> None:
-    """Time to first token of another question about the same picture, with and without the prefix cache."""
+    """Time to first token of another question about the same image, with and without the prefix cache."""
     with_cache, without = make_stage(args, tokenizer), make_stage(args, tokenizer, prefix_cache=False)
     generator = np.random.default_rng(1)
     rows = {"first question": [], "second, no prefix cache": [], "second, prefix cache": []}
     counts = {}
     for turn in range(args.turns + 1):
-        pixels = generator.integers(0, 256, (PICTURE, PICTURE, 3)).astype(np.uint8)
-        picture = Image.fromarray(pixels)
-        asked = [
-            Request.create("img2text", q, picture, max_tokens=8) for q in ("What is this?", "Which colour has it?")
-        ]
+        pixels = generator.integers(0, 256, (IMAGE, IMAGE, 3)).astype(np.uint8)
+        image = Image.fromarray(pixels)
+        asked = [Request.create("img2text", q, image, max_tokens=8) for q in ("What is this?", "Which colour has it?")]
         answers = []
         for name, stage, request in zip(
             rows, (with_cache, without, with_cache), (asked[0], asked[1], asked[1]), strict=True

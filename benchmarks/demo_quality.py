@@ -1,4 +1,4 @@
-"""Scores the small demo BAGEL by what the oracle reads from its pictures and by its exact words.
+"""Scores the small demo BAGEL by what the oracle reads from its images and by its exact words.
 
     python benchmarks/demo_quality.py --model DIR
 
@@ -62,9 +62,9 @@ class Case:
     seed: int  # of the request
     prompt: str
     groups: tuple[str, ...] = ()  # those whose scores are reported too
-    before: Scene | None = None  # the picture that goes in
+    before: Scene | None = None  # the image that goes in
     edit: Edit | None = None
-    shows: Combination | None = None  # what the picture that comes out must show
+    shows: Combination | None = None  # what the image that comes out must show
     says: str | None = None  # what the text that comes out must be
 
     @property
@@ -85,7 +85,7 @@ def cases(task: str, split: str, count: int, seed: int = 0) -> list[Case]:
     check_choice("split", split, SPLITS)
     check_whole("cases", count, 1)
     check_whole("seed", seed, 0)
-    # Another name than the training set's, so that none of its pictures comes again.
+    # Another name than the training set's, so that none of its images comes again.
     asked = _ASK[task](split, Random(f"quality {seed} {task} {split}"))
     return [Case(task, split, i, seed + i, **fields) for i, fields in enumerate(islice(asked, count))]
 
@@ -149,7 +149,7 @@ _ASK = {
 class Answer(NamedTuple):
     """What came of a case."""
 
-    picture: Image.Image | None = None
+    image: Image.Image | None = None
     text: str | None = None
 
 
@@ -174,10 +174,10 @@ def judge(case: Case, answer: Answer) -> Verdict:
         right = answer.text is not None and answer.text.strip() == case.says
         parts["plan" if case.task == "think" else "answer"] = right
     if case.shows is not None:
-        reading, seen["picture"] = _read(answer.picture)
+        reading, seen["image"] = _read(answer.image)
         names = {name: getattr(reading, name, None) == value for name, value in case.shows._asdict().items()}
         if case.task == "think":
-            parts["picture"] = all(names.values())
+            parts["image"] = all(names.values())
         elif case.edit is None:
             parts |= names
         else:
@@ -189,12 +189,12 @@ def judge(case: Case, answer: Answer) -> Verdict:
     return Verdict(parts, seen)
 
 
-def _read(picture: Image.Image | None) -> tuple[Reading | None, dict[str, Any] | str]:
+def _read(image: Image.Image | None) -> tuple[Reading | None, dict[str, Any] | str]:
     """A reading, if there is one, and what json can hold of it."""
-    if picture is None:
-        return None, "no picture"
+    if image is None:
+        return None, "no image"
     try:
-        reading = read(picture)
+        reading = read(image)
     except InputError as error:
         return None, str(error)
     plain = {name: getattr(reading, name) for name in ("color", "shape", "ground")}
@@ -212,7 +212,7 @@ def score(asked: Sequence[Case], answer: Callable[[Case], Answer], save: Path | 
     Args:
         asked: from `cases`, at least one.
         answer: what is judged; called once a case.
-        save: an existing directory for the pictures of failures: NAME.png is what came out, NAME-before.png what
+        save: an existing directory for the images of failures: NAME.png is what came out, NAME-before.png what
             went in.
 
     Returns:
@@ -248,7 +248,7 @@ def score(asked: Sequence[Case], answer: Callable[[Case], Answer], save: Path | 
 
 
 def _failure(case: Case, verdict: Verdict) -> dict[str, Any]:
-    wanted = {"picture": case.shows and caption(case.shows), "text": case.says}
+    wanted = {"image": case.shows and caption(case.shows), "text": case.says}
     return {
         **{"name": case.name, "seed": case.seed, "prompt": case.prompt},
         "before": case.before and dataclasses.asdict(case.before),
@@ -259,8 +259,8 @@ def _failure(case: Case, verdict: Verdict) -> dict[str, Any]:
 
 
 def _save(case: Case, answer: Answer, directory: Path) -> None:
-    if answer.picture is not None:
-        answer.picture.save(directory / f"{case.name}.png")
+    if answer.image is not None:
+        answer.image.save(directory / f"{case.name}.png")
     if case.before is not None:
         Image.fromarray(draw(case.before)).save(directory / f"{case.name}-before.png")
 
@@ -296,9 +296,9 @@ def request(case: Case, changed: dict[str, Any]) -> Request:
     settings = {name: value for name, value in changed.items() if name in APPLICABLE[modality]}
     if modality == "text2img":  # larger models would draw larger, which the oracle does not read
         settings |= {"height": world.SIDE, "width": world.SIDE}
-    picture = None if case.before is None else Image.fromarray(draw(case.before))
+    image = None if case.before is None else Image.fromarray(draw(case.before))
     return Request.create(
-        modality, case.prompt, picture, seed=case.seed, think=case.task == "think", request_id=case.name, **settings
+        modality, case.prompt, image, seed=case.seed, think=case.task == "think", request_id=case.name, **settings
     )
 
 
@@ -332,7 +332,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--seed", metavar="S", type=int, default=0, help="another seed gives other cases (%(default)s)")
     p.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: float32 on a CPU")
     p.add_argument("--json", metavar="FILE", type=Path, help="write all numbers and the failures")
-    p.add_argument("--save", metavar="DIR", type=Path, help="write the pictures of failures")
+    p.add_argument("--save", metavar="DIR", type=Path, help="write the images of failures")
     g = p.add_argument_group("experiments", "settings other than the command line's defaults")
     for name, options in _SETTINGS.items():
         g.add_argument("--" + name.replace("_", "-"), **options)

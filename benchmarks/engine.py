@@ -35,14 +35,14 @@ from bagel_jax.demo.example import MODEL  # noqa: E402
 from bagel_jax.settings import ServingSettings  # noqa: E402
 
 
-def picture(seed: int, size: int) -> Image.Image:
-    """A picture of a few soft colours."""
+def random_image(seed: int, size: int) -> Image.Image:
+    """An image of a few soft colours."""
     small = np.random.RandomState(seed).randint(0, 256, (8, 8, 3)).astype(np.uint8)
     return Image.fromarray(small).resize((size, size), Image.Resampling.BICUBIC)
 
 
 def load(count: int, largest: int, turn: int) -> list[Request]:
-    """The requests of a turn; other turns have other pictures, so that none is found in the prefix cache."""
+    """The requests of a turn; other turns have other images, so that none is found in the prefix cache."""
     random = np.random.RandomState(0)
     requests = []
     for i in range(count):
@@ -53,9 +53,11 @@ def load(count: int, largest: int, turn: int) -> list[Request]:
                 "text2img", "a red circle", height=side, width=side, steps=random.randint(5, 16), **options
             )
         elif i % 4 == 3:
-            made = Request.create("img2text", "What is it?", picture(1000 * turn + i, side), max_tokens=16, **options)
+            made = Request.create(
+                "img2text", "What is it?", random_image(1000 * turn + i, side), max_tokens=16, **options
+            )
         else:
-            image = picture(1000 * turn + i, side)
+            image = random_image(1000 * turn + i, side)
             made = Request.create("img2img", "make it blue", image, steps=random.randint(5, 16), **options)
         requests.append(made)
     return requests
@@ -146,7 +148,7 @@ def against_official(args: argparse.Namespace) -> None:
 def compare(args: argparse.Namespace, model: Bagel, theirs: subprocess.Popen, modality: str, folder: Path) -> None:
     """One modality, under the same noise."""
     image, noise = folder / "in.png", {}
-    picture(0, args.size).save(image)
+    random_image(0, args.size).save(image)
     given = {"height": args.size, "width": args.size} if modality == "text2img" else {"image": Image.open(image).copy()}
     settings = {"steps": 11, "cfg_text_scale": 4.0, "cfg_img_scale": 2.0, "cfg_interval": (0.0, 1.0)}
     prepared = model.prepare(Request.create(modality, "a red circle", **given, **settings))
@@ -196,7 +198,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=24, metavar="N")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 16], metavar="N")
     parser.add_argument("--turns", type=int, default=3, metavar="N")
-    parser.add_argument("--size", type=int, default=256, metavar="PIXELS", help="of the largest picture")
+    parser.add_argument("--size", type=int, default=256, metavar="PIXELS", help="of the largest image")
     parser.add_argument("--ar-max-num-seqs", type=int, default=8, metavar="N")
     parser.add_argument("--dit-max-num-seqs", type=int, default=2, metavar="N")
     parser.add_argument("--official", metavar="CHECKOUT")

@@ -28,8 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     p.add_argument("--model", metavar="DIR", type=Path, required=True, help="the fine-tuned checkpoint")
     p.add_argument("--color", metavar="NAME", default="pink", help="the colour (%(default)s)")
-    p.add_argument("--rounds", metavar="N", type=int, default=3, help="of 32 pictures each (%(default)s)")
-    p.add_argument("--save", metavar="DIR", type=Path, help="a folder for all pictures")
+    p.add_argument("--rounds", metavar="N", type=int, default=3, help="of 32 images each (%(default)s)")
+    p.add_argument("--save", metavar="DIR", type=Path, help="a folder for all images")
     args = p.parse_args(argv)
     try:
         check_choice("color", args.color, tuple(NEW_COLORS))
@@ -41,12 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     cases = [Combination(args.color, *pair) for _ in range(args.rounds) for pair in product(SHAPES, COLORS)]
     right = 0
     for seed, c in enumerate(tqdm(cases, unit="case")):
-        picture = model.generate("text2img", caption(c), height=64, width=64, seed=seed).image
-        reading = read(picture, {args.color: NEW_COLORS[args.color]})
+        image = model.generate("text2img", caption(c), height=64, width=64, seed=seed).image
+        reading = read(image, {args.color: NEW_COLORS[args.color]})
         right += reading.shows(c.color, c.shape, c.ground)
         if args.save is not None:
             args.save.mkdir(parents=True, exist_ok=True)
-            picture.save(args.save / f"{seed:03d}.png")
+            image.save(args.save / f"{seed:03d}.png")
     print(f"{right} of {len(cases)} right: {100 * right / len(cases):.1f} %")
     return 0
 

@@ -8,11 +8,11 @@
 A job is a json object on a line, its answer another one; a line `{"ready": true, ...}` comes first. A job has
 
     modality         text2img, img2img, img2text or text2text
-    prompt, image    text, and the path of a picture
+    prompt, image    text, and the path of an image
     height, width    of a text2img
     seed             of the noise, numpy.random.RandomState(seed).standard_normal in the order in which it is needed;
     init_noise       or instead what --init-noise of bagel_jax.run takes
-    output, latents  where to write the picture, and the last latents (npy)
+    output, latents  where to write the image, and the last latents (npy)
 
 and any of `SETTINGS` for the official inferencer; what is not given is as in the official app. An answer has `seconds`
 (the inferencer's call), `denoise_seconds` (of those, the denoising steps), `output` and `text`; or `error`, a sentence.
@@ -42,10 +42,10 @@ SETTINGS = (  # max_think_token_n is also the most tokens of an answer
     *("cfg_renorm_min", "enable_taylorseer", "think", "max_think_token_n", "do_sample", "text_temperature"),
 )
 # Source: official `app.py`, where it differs from the inferencer's own.
-_PICTURE = {"cfg_text_scale": 4.0, "max_think_token_n": 1024}
+_IMAGE = {"cfg_text_scale": 4.0, "max_think_token_n": 1024}
 _EDIT = {"cfg_img_scale": 2.0, "cfg_interval": [0.0, 1.0], "cfg_renorm_type": "text_channel"}
 _ANSWER = {"understanding_output": True, "max_think_token_n": 512}
-DEFAULTS = {"text2img": _PICTURE, "img2img": _PICTURE | _EDIT, "img2text": _ANSWER, "text2text": _ANSWER}
+DEFAULTS = {"text2img": _IMAGE, "img2img": _IMAGE | _EDIT, "img2text": _ANSWER, "text2text": _ANSWER}
 
 
 class BadInput(ValueError):
@@ -63,8 +63,8 @@ class Noise:
         self.given, self.generator = None, np.random.RandomState(seed)
         if path is not None:
             arrays = read(lambda: dict(np.load(path)), f"init_noise {path}")
-            pictures = [arrays[f"vae_{i}"] for i in range(len(arrays)) if f"vae_{i}" in arrays]
-            self.given = [*pictures, *(arrays[name] for name in arrays if name == "latent")]
+            images = [arrays[f"vae_{i}"] for i in range(len(arrays)) if f"vae_{i}" in arrays]
+            self.given = [*images, *(arrays[name] for name in arrays if name == "latent")]
 
     def randn(self, *shape: int) -> torch.Tensor:
         """The next draw."""
@@ -177,14 +177,14 @@ class Official:
         settings = DEFAULTS[modality] | {name: job[name] for name in SETTINGS if name in job}
         if modality == "text2img":
             settings["image_shapes"] = job.get("height", 1024), job.get("width", 1024)
-        picture = None if path is None else read(lambda: Image.open(path).copy(), f"image {path}")
+        image = None if path is None else read(lambda: Image.open(path).copy(), f"image {path}")
         self.noise.reset(job.get("seed", 0), job.get("init_noise"))
         trunk = self.model.language_model.model
         for module in (trunk, *trunk.layers):
             module.enable_taylorseer = False  # left on by a job before, it would guess the next one's context
         self.latents, self.denoise_seconds = None, None
         started = time.perf_counter()
-        result = self.inferencer(image=picture, text=job["prompt"], **settings)
+        result = self.inferencer(image=image, text=job["prompt"], **settings)
         seconds = time.perf_counter() - started
         output = None if result["image"] is None else job.get("output")
         if output is not None:

@@ -1,8 +1,8 @@
-"""Reads a picture of the demo world from its pixels alone: which shape, which colours, where, how large.
+"""Reads an image of the demo world from its pixels alone: which shape, which colours, where, how large.
 
-    python benchmarks/oracle.py PICTURE...
+    python benchmarks/oracle.py IMAGE...
 
-It knows the palette and what the shapes look like, and nothing of the model that made the picture.
+It knows the palette and what the shapes look like, and nothing of the model that made the image.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ COLOR_LIMIT = 60.0
 # much, and so much more than the next: a circle and a square share 0.83, and a thing between them 0.9 with both.
 SHAPE_LIMIT = 0.8
 SHAPE_LEAD = 0.05
-# Holes and other pieces may have this part of the shape's area; with more the picture is not one plain shape.
+# Holes and other pieces may have this part of the shape's area; with more the image is not one plain shape.
 STRAY_LIMIT = 0.2
 
 _RING = 2  # pixels of border that show the ground
 _CONTRAST = 40.0  # in RGB; what differs less from the ground is no shape
-# The smallest star covers 4 % of the picture, so beyond this percentile there are only pixels of the shape.
+# The smallest star covers 4 % of the image, so beyond this percentile there are only pixels of the shape.
 _SHAPE_PERCENTILE = 98.0
 _AREA = {  # of a shape with circumradius 1
     "circle": math.pi,
@@ -46,7 +46,7 @@ _AREA = {  # of a shape with circumradius 1
 
 @dataclass(frozen=True)
 class Reading:
-    """What a picture shows; lengths in pixels, (0, 0) is its left upper corner.
+    """What an image shows; lengths in pixels, (0, 0) is its left upper corner.
 
     Names are "unclear" where nothing known is near; where no shape is seen at all, place and size are not a number.
     """
@@ -69,19 +69,19 @@ class Reading:
         return math.dist((self.x, self.y), (other.x, other.y))
 
 
-def read(picture: Image.Image | np.ndarray, more_colors: Mapping[str, Color] | None = None) -> Reading:
-    """Reads a picture.
+def read(image: Image.Image | np.ndarray, more_colors: Mapping[str, Color] | None = None) -> Reading:
+    """Reads an image.
 
     Args:
-        picture: 64 x 64 pixels; an array is uint8 `[64, 64, 3]`.
+        image: 64 x 64 pixels; an array is uint8 `[64, 64, 3]`.
         more_colors: names and values beyond the palette, such as NEW_COLORS.
 
     Raises:
-        InputError: the picture has another size.
+        InputError: the image has another size.
     """
-    pixels = np.asarray(picture.convert("RGB") if isinstance(picture, Image.Image) else picture, np.float32)
+    pixels = np.asarray(image.convert("RGB") if isinstance(image, Image.Image) else image, np.float32)
     if pixels.shape != (SIDE, SIDE, 3):
-        raise InputError(f"the picture has shape {list(pixels.shape)}; the oracle reads {[SIDE, SIDE, 3]}")
+        raise InputError(f"the image has shape {list(pixels.shape)}; the oracle reads {[SIDE, SIDE, 3]}")
     palette = COLORS | dict(more_colors or {})
 
     border = np.ones((SIDE, SIDE), bool)
@@ -138,10 +138,10 @@ def _fit(mask: np.ndarray) -> tuple[str, float, float, float]:
 
 
 def main() -> int:
-    """Prints a line for each picture; returns the exit code: 0, or 2 for bad input."""
+    """Prints a line for each image; returns the exit code: 0, or 2 for bad input."""
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    p.add_argument("pictures", metavar="PICTURE", type=Path, nargs="+", help="64 x 64 pixels")
-    for path in p.parse_args().pictures:
+    p.add_argument("images", metavar="IMAGE", type=Path, nargs="+", help="64 x 64 pixels")
+    for path in p.parse_args().images:
         try:
             with Image.open(path) as image:
                 r = read(image, NEW_COLORS)

@@ -23,7 +23,7 @@ from bagel_jax import Bagel  # noqa: E402
 def main() -> None:
     """Runs every case in both dtypes."""
     models = {dtype: Bagel.load(ROOT / "tests/data/tiny-bagel", dtype) for dtype in ("float32", "bfloat16")}
-    print("| case | float32 latents | float32 picture, of 255 | float32 text | bfloat16 latents |")
+    print("| case | float32 latents | float32 image, of 255 | float32 text | bfloat16 latents |")
     print("|---|---|---|---|---|")
     for name in GENERATION + UNDERSTANDING:
         case = Case.read(ROOT / "tests/data/cases", name)
@@ -34,7 +34,7 @@ def main() -> None:
         if name in GENERATION:
             golden = case.arrays["final_latent"]
             cells[0] = f"{relative_error(ours.latents, golden):.1e}"
-            cells[1] = str(np.abs(np.asarray(ours.image).astype(int) - case.picture).max())
+            cells[1] = str(np.abs(np.asarray(ours.image).astype(int) - case.image).max())
             cells[3] = f"{relative_error(results['bfloat16'].latents, golden):.1e}"
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 

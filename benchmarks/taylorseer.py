@@ -1,8 +1,8 @@
-"""How far TaylorSeer's pictures are from the computed ones, and how many evaluations it saves, by its settings.
+"""How far TaylorSeer's images are from the computed ones, and how many evaluations it saves, by its settings.
 
-    python benchmarks/taylorseer.py [--model DIR] [--pictures 8] [--steps 50]
+    python benchmarks/taylorseer.py [--model DIR] [--images 8] [--steps 50]
 
-Error is the relative distance of the last latents, and that of pixels of 255, each the mean over pictures.
+Error is the relative distance of the last latents, and that of pixels of 255, each the mean over images.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=MODEL, metavar="DIR")
-    parser.add_argument("--pictures", type=int, default=8, metavar="N")
+    parser.add_argument("--images", type=int, default=8, metavar="N")
     parser.add_argument("--steps", type=int, default=50, metavar="N")
     args = parser.parse_args()
     model = Bagel.load(args.model)
@@ -70,7 +70,7 @@ def main() -> None:
 
     print("| interval | order | computed of | text2img latents | pixels | img2img latents | pixels |")
     print("|---|---|---|---|---|---|---|")
-    whole = {m: [draw(m, i) for i in range(args.pictures)] for m in ("text2img", "img2img")}
+    whole = {m: [draw(m, i) for i in range(args.images)] for m in ("text2img", "img2img")}
     for interval, order in GRID:
         cells = [f"{computed(args.steps, interval, order)} of {args.steps - 1}"]
         how = {"taylorseer_interval": interval, "taylorseer_order": order, "taylorseer_first": FIRST}

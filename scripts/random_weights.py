@@ -37,12 +37,12 @@ SIZES = (
     ("vit-heads", 4, "of the ViT"),
     ("vit-mlp", 1024, "width of the ViT's MLP"),
     ("vit-patch", 14, "pixels along a ViT patch"),
-    ("max-vit-patches", 70, "ViT patches along one side of a picture, at most"),
+    ("max-vit-patches", 70, "ViT patches along one side of an image, at most"),
     ("ae-channels", 64, "channels of the autoencoder's finest level"),
     ("ae-blocks", 2, "residual blocks on each level of the autoencoder"),
     ("latent-channels", 16, "C, of the autoencoder's latents"),
     ("latent-patch", 2, "latent cells along a token"),
-    ("max-latent-size", 64, "latent tokens along one side of a picture, at most"),
+    ("max-latent-size", 64, "latent tokens along one side of an image, at most"),
 )
 
 

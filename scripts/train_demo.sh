@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the demo model again, from nothing: tokenizer, pictures, autoencoder, model. Run it in the repository's
+# Makes the demo model again, from nothing: tokenizer, images, autoencoder, model. Run it in the repository's
 # root, with the package installed in the python that PYTHON names. Run again, it goes on from its latest checkpoints.
 set -euo pipefail
 python=${PYTHON:-python}

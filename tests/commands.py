@@ -36,7 +36,7 @@ class Ran:
         assert lines[-1] == ""  # each line is ended, so the last one is whole
         return [json.loads(line) for line in lines[:-1]]
 
-    def picture(self, i: int = 0) -> np.ndarray:
+    def image(self, i: int = 0) -> np.ndarray:
         with Image.open(self.folder / f"output_{i}.png") as image:
             return np.asarray(image)
 
@@ -84,7 +84,7 @@ def process(*args: Any, **env: str | None) -> subprocess.CompletedProcess:
 
 
 def small_copy(model: Bagel, tokens: int = 4) -> Bagel:
-    """The same weights with a limit of `tokens` latent tokens a side, so that input pictures are resized to little."""
+    """The same weights with a limit of `tokens` latent tokens a side, so that input images are resized to little."""
     small = copy.copy(model)
     small.config = dataclasses.replace(model.config, max_latent_size=tokens)
     small._engine = None  # it knows the old limit

@@ -66,7 +66,7 @@ class Case:
         return [item["text"] for item in self.spec["outputs"] if "text" in item]
 
     @property
-    def picture(self) -> np.ndarray:
+    def image(self) -> np.ndarray:
         name = next(item["image"] for item in self.spec["outputs"] if "image" in item)
         return np.asarray(Image.open(self.folder / name))
 

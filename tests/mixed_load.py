@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 import numpy as np
-from small import picture
+from small import random_image
 
 from bagel_jax.request import Request
 
@@ -32,7 +32,7 @@ def mixed(count: int, seed: int = 0) -> list[Request]:
     for i in range(count):
         modality = ("text2img", "img2img", "img2text", "text2img", "text2text", "img2img")[i % 6]
         options = {"seed": i, "request_id": f"{modality} {i}"}
-        image = picture(i, *random.randint(20, 80, 2)) if modality.startswith("img") else None
+        image = random_image(i, *random.randint(20, 80, 2)) if modality.startswith("img") else None
         if modality.endswith("img"):
             options |= {
                 "steps": random.randint(2, 9),

@@ -25,7 +25,7 @@ from bagel_jax.pallas.paged_attention.pages import to_dense
 
 @dataclass(frozen=True)
 class Served:
-    """A request that has left stage 0, with its context where it makes a picture."""
+    """A request that has left stage 0, with its context where it makes an image."""
 
     request_id: str
     ids: list[int] | None
@@ -64,7 +64,7 @@ def prefilled(stage: ContextStage, prepared: Prepared) -> Job:
 
 
 def with_segments(prepared: Prepared, segments: Sequence[Segment]) -> Prepared:
-    """A request for a picture whose one context is made of any segments."""
+    """A request for an image whose one context is made of any segments."""
     placed = place(segments)
     view = View(0, placed[-1].kv_end, placed[-1].rope + placed[-1].segment.rope_advance)
     request = dataclasses.replace(prepared.request, think=False)

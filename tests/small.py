@@ -1,4 +1,4 @@
-"""A BAGEL of toy sizes with random weights: edits take milliseconds, since its pictures are 32 pixels wide."""
+"""A BAGEL of toy sizes with random weights: edits take milliseconds, since its images are 32 pixels wide."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def new_stage(**settings) -> ContextStage:
     return ContextStage(weights(), CONFIG, jnp.float32, model().tokenizer, serving)
 
 
-def picture(seed: int = 0, width: int = 40, height: int = 40) -> Image.Image:
-    """A picture of random pixels."""
+def random_image(seed: int = 0, width: int = 40, height: int = 40) -> Image.Image:
+    """An image of random pixels."""
     pixels = np.random.RandomState(seed).randint(0, 256, (height, width, 3))
     return Image.fromarray(pixels.astype(np.uint8))

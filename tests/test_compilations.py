@@ -75,18 +75,18 @@ DECODING = [
 THINKING = {"height": 144, "width": 240, "steps": 4, "think": True, "max_think_tokens": 150}
 # Two that are padded to 16 tokens, and one that is not.
 PROMPT, AS_LONG, LONGER = "a red bench below a blue clock", "two zebras", "one two three four five six seven eight"
-# Asked before: now pictures are known, so that a text alone is prefilled, and the next one compiles nothing.
+# Asked before: now images are known, so that a text alone is prefilled, and the next one compiles nothing.
 WARM_UP = "three cats"
 
 
 @pytest.fixture(scope="module")
 def small(tiny) -> Bagel:
-    """The small checkpoint with input pictures resized to 64 pixels instead of 512."""
+    """The small checkpoint with input images resized to 64 pixels instead of 512."""
     return small_copy(tiny)
 
 
 @pytest.fixture(scope="module")
-def picture(cases_dir):
+def image(cases_dir):
     return cases_dir / "img2img_in0.png"
 
 
@@ -116,28 +116,28 @@ def test_each_program_compiles_once(tiny):
 
 
 def test_think_settings_compile_nothing(tiny):
-    """The same for pictures that are planned in words first."""
+    """The same for images that are planned in words first."""
     changes = [{"steps": 3}, {"seed": 3}, {"cfg_text_scale": 1.0}, {"max_think_tokens": 149}]
     assert compiled_by(tiny, changes, "text2img", PROMPT, known=BRANCHES, **THINKING) == {}
 
 
-def test_img2img_settings_compile_nothing(small, picture):
+def test_img2img_settings_compile_nothing(small, image):
     """The same for edits, whose guidance has a context more."""
-    assert compiled_by(small, DENOISING, "img2img", PROMPT, picture, known=BRANCHES, steps=2) == {}
-    small.generate("img2img", WARM_UP, picture, steps=2)
+    assert compiled_by(small, DENOISING, "img2img", PROMPT, image, known=BRANCHES, steps=2) == {}
+    small.generate("img2img", WARM_UP, image, steps=2)
     with compilations() as compiled:
-        small.generate("img2img", AS_LONG, picture, steps=2)
+        small.generate("img2img", AS_LONG, image, steps=2)
     assert compiled == []
 
 
 @pytest.mark.parametrize("modality", ["text2text", "img2text"])
-def test_answers_compile_nothing(small, picture, modality):
+def test_answers_compile_nothing(small, image, modality):
     """A conversation would stop for a compilation at every question."""
-    image = [picture] if modality == "img2text" else []
-    assert compiled_by(small, DECODING, modality, PROMPT, *image, max_tokens=16) == {}
-    small.generate(modality, WARM_UP, *image, max_tokens=16)
+    images = [image] if modality == "img2text" else []
+    assert compiled_by(small, DECODING, modality, PROMPT, *images, max_tokens=16) == {}
+    small.generate(modality, WARM_UP, *images, max_tokens=16)
     with compilations() as compiled:
-        small.generate(modality, AS_LONG, *image, max_tokens=16)
+        small.generate(modality, AS_LONG, *images, max_tokens=16)
     assert compiled == []
 
 
@@ -153,12 +153,12 @@ def test_second_model_compiles_nothing(tiny_dir):
     assert np.array_equal(first.latents, second.latents)
 
 
-def test_mixed_load_compiles_nothing(small, picture):
-    """Under a steady load of all kinds, new combinations of rows, texts and pictures are compiled for ever."""
+def test_mixed_load_compiles_nothing(small, image):
+    """Under a steady load of all kinds, new combinations of rows, texts and images are compiled for ever."""
 
     def load(words: str, number: int):
-        image = Image.open(picture).rotate(number)
-        ask = [("text2text", words, {"max_tokens": 9}), ("img2text", words, {"max_tokens": 12, "image": image})]
+        turned = Image.open(image).rotate(number)
+        ask = [("text2text", words, {"max_tokens": 9}), ("img2text", words, {"max_tokens": 12, "image": turned})]
         ask += [
             ("text2img", words, {"height": 64, "width": 64, "steps": 2}),
             ("text2text", words * 9, {"max_tokens": 5}),

@@ -52,7 +52,7 @@ def stage_of(model: Bagel, **settings) -> ContextStage:
 
 @pytest.mark.parametrize("name", GENERATION + UNDERSTANDING)
 def test_tokens_and_contexts(tiny, cases_dir, name):
-    """Token ids, lengths and RoPE positions of all contexts are exact; so is the size of the picture."""
+    """Token ids, lengths and RoPE positions of all contexts are exact; so is the size of the image."""
     case = Case.read(cases_dir, name)
     for item in case.spec["inputs"]:
         if "text" in item:
@@ -69,7 +69,7 @@ def test_tokens_and_contexts(tiny, cases_dir, name):
     for view, key in ((main, "main"), (prepared.plan.text, "cfg_text"), (prepared.plan.img, "cfg_img")):
         assert view.length == case.arrays[f"ctx_{key}_kv_len"]
         assert view.rope == case.arrays[f"ctx_{key}_rope"]
-    assert (*prepared.image_size, 3) == case.picture.shape
+    assert (*prepared.image_size, 3) == case.image.shape
 
 
 @pytest.mark.parametrize("name", ["text2img", "text2img_think"])
@@ -108,26 +108,26 @@ def test_logits(tiny, cases_dir, name, settings):
 
 @pytest.mark.parametrize("name", ["img2text", "img2img", "img2img_two_images"])
 def test_vit(tiny, cases_dir, name):
-    """The ViT's output for each input picture, after post_layernorm; padded, as stage 0 calls it."""
+    """The ViT's output for each input image, after post_layernorm; padded, as stage 0 calls it."""
     case = Case.read(cases_dir, name)
     vit = tiny.load_weights().model().vit
     every = 1 if name == "img2text" else 16
-    for i, picture in enumerate(tiny.prepare(case.request()).pictures):
-        count, padding = len(picture.vit_patches), 9
-        patches = np.pad(picture.vit_patches, ((0, padding), (0, 0)), constant_values=7)
-        positions = np.pad(vit_positions(picture, tiny.config), (0, padding))
+    for i, image in enumerate(tiny.prepare(case.request()).images):
+        count, padding = len(image.vit_patches), 9
+        patches = np.pad(image.vit_patches, ((0, padding), (0, 0)), constant_values=7)
+        positions = np.pad(vit_positions(image, tiny.config), (0, padding))
         out = jax.jit(lambda *args: vit(*args))(patches, positions, jnp.int32(count))[:count:every]
         assert relative_error(out, case.arrays[f"vit_out_{i}"]) < TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["img2img", "img2img_two_images"])
-def test_encoded_pictures(tiny, cases_dir, name):
-    """Input pictures through the autoencoder, after the posterior draw, shift and scale."""
+def test_encoded_images(tiny, cases_dir, name):
+    """Input images through the autoencoder, after the posterior draw, shift and scale."""
     case = Case.read(cases_dir, name)
     autoencoder = tiny.load_weights().model().autoencoder
     prepared = tiny.prepare(case.request())
-    for i, (picture, noise) in enumerate(zip(prepared.pictures, prepared.posterior_noise, strict=True)):
-        latents = jax.jit(lambda *args: autoencoder.encode(*args))(picture.vae_pixels[None], noise[None])
+    for i, (image, noise) in enumerate(zip(prepared.images, prepared.posterior_noise, strict=True)):
+        latents = jax.jit(lambda *args: autoencoder.encode(*args))(image.vae_pixels[None], noise[None])
         assert relative_error(latents.transpose(0, 3, 1, 2), case.arrays[f"vae_latent_{i}"]) < TOLERANCE
 
 
@@ -164,21 +164,21 @@ def test_velocities(tiny, cases_dir, name):
 
 @pytest.mark.parametrize("name", [*slow_edits("img2img_two_images"), *UNDERSTANDING])
 def test_results(tiny, cases_dir, name):
-    """The whole way: texts exact, final latents within tolerance, pictures within 1/255 everywhere."""
+    """The whole way: texts exact, final latents within tolerance, images within 1/255 everywhere."""
     case = Case.read(cases_dir, name)
     result = tiny.run(tiny.prepare(case.request()))
     if case.texts:
         assert [result.text] == case.texts
     if name in GENERATION:
         assert relative_error(result.latents, case.arrays["final_latent"]) < TOLERANCE
-        assert np.abs(np.asarray(result.image).astype(int) - case.picture).max() <= 1
+        assert np.abs(np.asarray(result.image).astype(int) - case.image).max() <= 1
     else:
         assert result.image is None
 
 
 @pytest.mark.parametrize("name", ["text2img", "text2img_think"])
 def test_decoder(tiny, cases_dir, name):
-    """The decoder's output for the golden latents, before it is clipped to a picture."""
+    """The decoder's output for the golden latents, before it is clipped to an image."""
     case = Case.read(cases_dir, name)
     model = tiny.load_weights().model()
     grid = tiny.prepare(case.request()).latent_grid

@@ -13,7 +13,7 @@ import pytest
 from commands import process
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from small import model, new_model, picture
+from small import model, new_model, random_image
 
 from bagel_jax.errors import InputError
 from bagel_jax.handoff import ContextKV, tables
@@ -25,11 +25,11 @@ ABOUT = ("request_id", "image_shape", "text_view", "img_view")
 
 def edit(request_id: str = "edit", **settings) -> Request:
     """An edit, of which all three branches differ."""
-    return Request.create("img2img", "a red bench", picture(), steps=5, request_id=request_id, **settings)
+    return Request.create("img2img", "a red bench", random_image(), steps=5, request_id=request_id, **settings)
 
 
 def drawing(request_id: str = "drawing", side: int = 32) -> Request:
-    """A picture from a text."""
+    """An image from a text."""
     return Request.create("text2img", "a bench", steps=3, height=side, width=side, request_id=request_id)
 
 
@@ -172,15 +172,15 @@ def test_a_damaged_file(context, tmp_path, fault):
 
 
 def test_another_requests_context(context):
-    """A picture is made from the prompt of another request."""
+    """An image is made from the prompt of another request."""
     with pytest.raises(InputError, match="context is of request 'edit'; it must be that of 'other'"):
         model().denoise(edit("other"), context)
 
 
 def test_another_size():
-    """The noise and the context are of pictures of other sizes."""
+    """The noise and the context are of images of other sizes."""
     made = model().context(drawing(side=32))
-    with pytest.raises(InputError, match=r"for a picture of \(32, 32\); the request makes one of \(28, 28\)"):
+    with pytest.raises(InputError, match=r"for an image of \(32, 32\); the request makes one of \(28, 28\)"):
         model().denoise(drawing(side=28), made)
 
 
@@ -216,7 +216,7 @@ def test_after_a_refusal_the_next_is_served(context, expected):
 @pytest.mark.parametrize("modality", ["img2text", "text2text"])
 def test_a_text_has_no_context(context, modality):
     """A request for a text waits in stage 1, which will never answer it."""
-    image = picture() if modality == "img2text" else None
+    image = random_image() if modality == "img2text" else None
     request = Request.create(modality, "why", image, max_tokens=2, request_id="edit")
     for call in (lambda: model().context(request), lambda: model().denoise(request, context)):
         with pytest.raises(InputError, match=f"{modality} has no context to hand over; text2img and img2img have"):
@@ -236,14 +236,14 @@ def test_a_given_context_skips_stage_0(context, expected, monkeypatch):
 
 
 def test_a_context_skips_stage_1(monkeypatch):
-    """Only the context is asked for, and a picture is made, or a place for one is waited for."""
+    """Only the context is asked for, and an image is made, or a place for one is waited for."""
     monkeypatch.setattr(model().engine.dit, "submit", lambda *_: 1 / 0)
     made = model().context(drawing())
     assert (made.request_id, made.image_shape) == ("drawing", (32, 32))
 
 
-def test_one_context_serves_many_pictures(context, expected):
-    """A context is used up, or written to, by the first picture that is made from it."""
+def test_one_context_serves_many_images(context, expected):
+    """A context is used up, or written to, by the first image that is made from it."""
     before = np.array(context.pages)
     near(model().denoise(edit(), context).latents, expected)
     other = model().denoise(edit(seed=1), context).latents
@@ -315,5 +315,5 @@ def test_two_devices(elsewhere, expected):
 
 
 def test_two_processes(elsewhere, expected):
-    """A context that another process computed gives another picture here."""
+    """A context that another process computed gives another image here."""
     near(model().denoise(edit(), ContextKV.load(elsewhere / "context")).latents, expected)

@@ -70,7 +70,7 @@ def test_automatic_number_of_pages():
     assert a_page == 2 * 2 * 2 * 64 * 8 * 4  # L, K, keys and values, page, E, bytes
     settings = ServingSettings(ar_max_num_seqs=4)
     assert choose_num_pages(CONFIG, settings, jnp.float32, Device(100 * a_page)) == 60
-    # An edit of the largest picture, 66 + 18 tokens, and 2048 of text: 34 pages.
+    # An edit of the largest image, 66 + 18 tokens, and 2048 of text: 34 pages.
     assert choose_num_pages(CONFIG, settings, jnp.float32, Device(10**12)) == 4 * 34 + 1
     assert choose_num_pages(CONFIG, settings, jnp.float32, jax.devices()[0]) == 4 * 34 + 1
     given = ServingSettings(num_pages=60)

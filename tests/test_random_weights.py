@@ -16,7 +16,7 @@ from bagel_jax.checkpoint.source import ModelSource
 from bagel_jax.settings import ServingSettings
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "random_weights.py"
-# Pictures of 32 pixels at most.
+# Images of 32 pixels at most.
 _SIZES = {
     "hidden-size": 32,
     "layers": 2,

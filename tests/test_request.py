@@ -20,7 +20,7 @@ from bagel_jax.request import (
     Request,
     Settings,
     defaults_table,
-    open_picture,
+    open_image,
 )
 
 GOOD = {
@@ -150,7 +150,7 @@ def test_regression_14_renorm_types_are_those_of_the_sampler():
 
 
 def test_regression_15_defaults_are_the_official_apps():
-    """Defaults drift: the same prompt makes another picture here than in the official app."""
+    """Defaults drift: the same prompt makes another image here than in the official app."""
     app = {"steps": 50, "timestep_shift": 3.0, "cfg_text_scale": 4.0, "cfg_renorm_min": 0.0, "do_sample": False}
     app |= {"top_k": 0, "top_p": 1.0}  # off: the app has none
     # Off, as in the app; the other values are those of the official `modeling/cache_utils`, but for the order, which is
@@ -225,7 +225,7 @@ def test_seeds(seed):
 
 @pytest.mark.parametrize("seed", [-1, 2**32, 1.0, "1", None, True])
 def test_seeds_that_are_not(seed):
-    """A seed is wrapped around or truncated: two seeds make one picture."""
+    """A seed is wrapped around or truncated: two seeds make one image."""
     with pytest.raises(InputError) as error:
         Request.create("text2img", "a", seed=seed)
     assert str(error.value) == f"seed is {seed!r}; it must be a whole number, from 0 to 4294967295"
@@ -239,21 +239,21 @@ def test_modalities():
         Request("text2image", ("a",), Settings())
 
 
-def test_regression_35_img2img_needs_its_picture():
-    """img2img quietly becomes text2img when the picture does not arrive."""
+def test_regression_35_img2img_needs_its_image():
+    """img2img quietly becomes text2img when the image does not arrive."""
     for modality in ("img2img", "img2text"):
-        with pytest.raises(InputError, match=f"{modality} was given no picture; it needs one"):
+        with pytest.raises(InputError, match=f"{modality} was given no image; it needs one"):
             Request.create(modality, "a")
-        with pytest.raises(InputError, match="was given no picture"):
+        with pytest.raises(InputError, match="was given no image"):
             Request.create(modality, inputs=["a", "b"])
 
 
-def test_regression_35_text_modalities_take_no_picture():
-    """A picture given to text2img is ignored in silence."""
+def test_regression_35_text_modalities_take_no_image():
+    """An image given to text2img is ignored in silence."""
     image = Image.new("RGB", (4, 4))
-    with pytest.raises(InputError, match=r"text2img was given a picture; it takes text only \(img2img takes"):
+    with pytest.raises(InputError, match=r"text2img was given an image; it takes text only \(img2img takes"):
         Request.create("text2img", "a", image)
-    with pytest.raises(InputError, match=r"text2text was given a picture; it takes text only \(img2text takes"):
+    with pytest.raises(InputError, match=r"text2text was given an image; it takes text only \(img2text takes"):
         Request.create("text2text", inputs=[image, "a"])
 
 
@@ -267,14 +267,14 @@ def test_prompt_is_needed():
 
 def test_inputs_of_another_type():
     """A path among `inputs` is taken for a prompt, or bytes end in a stack trace deep inside."""
-    with pytest.raises(InputError, match="an input is a bytes; each must be a string or a PIL picture"):
+    with pytest.raises(InputError, match="an input is a bytes; each must be a string or a PIL image"):
         Request.create("text2img", inputs=["a", b"b"])
     with pytest.raises(InputError, match="inputs was given beside prompt or image"):
         Request.create("text2img", "a", inputs=["a"])
 
 
 def test_regression_23_order_of_inputs():
-    """The order in which pictures and texts were given is lost."""
+    """The order in which images and texts were given is lost."""
     first, second = Image.new("RGB", (4, 4)), Image.new("RGB", (5, 5))
     request = Request.create("img2img", inputs=["a", first, "b", second, "c"])
     assert request.inputs == ("a", first, "b", second, "c")
@@ -283,8 +283,8 @@ def test_regression_23_order_of_inputs():
     assert Request.create("img2img", "a", first).inputs == (first, "a")
 
 
-def test_pictures_from_files(tmp_path):
-    """A picture given as a path is not read, or only when its file is gone."""
+def test_images_from_files(tmp_path):
+    """An image given as a path is not read, or only when its file is gone."""
     Image.new("RGB", (3, 2), (9, 8, 7)).save(tmp_path / "a.png")
     for path in (tmp_path / "a.png", str(tmp_path / "a.png")):
         request = Request.create("img2text", "a", path)
@@ -293,27 +293,27 @@ def test_pictures_from_files(tmp_path):
     assert request.inputs[0].getpixel((2, 1)) == (9, 8, 7)
 
 
-def test_pictures_that_cannot_be_read(tmp_path):
+def test_images_that_cannot_be_read(tmp_path):
     """A wrong path or a truncated download ends in a stack trace."""
-    with pytest.raises(InputError, match=r"none\.png does not exist; give the path of a picture file"):
-        open_picture(tmp_path / "none.png")
+    with pytest.raises(InputError, match=r"none\.png does not exist; give the path of an image file"):
+        open_image(tmp_path / "none.png")
     (tmp_path / "text.png").write_text("hello")
-    with pytest.raises(InputError, match=r"text\.png cannot be read as a picture"):
-        open_picture(tmp_path / "text.png")
+    with pytest.raises(InputError, match=r"text\.png cannot be read as an image"):
+        open_image(tmp_path / "text.png")
     Image.effect_noise((64, 64), 50).save(tmp_path / "whole.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:1000])
-    with pytest.raises(InputError, match=r"cut\.png cannot be read as a picture"):
-        open_picture(tmp_path / "cut.png")
-    with pytest.raises(InputError, match="cannot be read as a picture"):
-        open_picture(tmp_path)
+    with pytest.raises(InputError, match=r"cut\.png cannot be read as an image"):
+        open_image(tmp_path / "cut.png")
+    with pytest.raises(InputError, match="cannot be read as an image"):
+        open_image(tmp_path)
 
 
-def test_a_picture_too_large(tmp_path, monkeypatch):
+def test_a_image_too_large(tmp_path, monkeypatch):
     """A small file that unpacks to gigabytes takes the machine down."""
     Image.new("1", (300, 300)).save(tmp_path / "bomb.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(InputError, match=r"bomb\.png is too large"):
-        open_picture(tmp_path / "bomb.png")
+        open_image(tmp_path / "bomb.png")
 
 
 def test_request_ids():

@@ -38,14 +38,14 @@ def loaded(tiny, monkeypatch) -> None:
 
 @pytest.fixture
 def small(tiny, monkeypatch) -> Bagel:
-    """As `loaded`, with input pictures resized to 64 pixels instead of 512."""
+    """As `loaded`, with input images resized to 64 pixels instead of 512."""
     model = small_copy(tiny)
     monkeypatch.setattr(Bagel, "open", lambda *_: copy.copy(model))
     return model
 
 
 @pytest.fixture
-def picture(cases_dir):
+def image(cases_dir):
     return cases_dir / "img2img_in0.png"
 
 
@@ -62,13 +62,13 @@ def asked(monkeypatch) -> list[Request]:
 
 
 @pytest.mark.parametrize("name", ["text2img", "text2img_think", "img2img"])
-def test_golden_pictures(cli, cases_dir, tmp_path, name):
-    """The command line would make another picture than the official code from the same noise and settings."""
+def test_golden_images(cli, cases_dir, tmp_path, name):
+    """The command line would make another image than the official code from the same noise and settings."""
     case = Case.read(cases_dir, name)
     ran = cli(case.modality, *golden_options(case, tmp_path))
     assert ran.code == 0
     assert relative_error(ran.latents(), case.arrays["final_latent"]) < 1e-4
-    assert np.abs(ran.picture().astype(int) - case.picture).max() <= 1
+    assert np.abs(ran.image().astype(int) - case.image).max() <= 1
     assert ran.out == "".join(text + "\n" for text in case.texts)
     assert [record["text"] for record in ran.records] == (case.texts or [None])
 
@@ -84,23 +84,23 @@ def test_golden_texts(cli, cases_dir, tmp_path, name):
 
 
 @pytest.mark.usefixtures("loaded")
-def test_several_prompts_one_picture_out(cli):
-    """REGRESSION 34, 30, 32: prompts would be lost, or a picture would depend on what else is asked for."""
+def test_several_prompts_one_image_out(cli):
+    """REGRESSION 34, 30, 32: prompts would be lost, or an image would depend on what else is asked for."""
     ran = cli("text2img", *SMALL, "--seed", 7, "--save-latents", "--prompts", *PROMPTS)
     assert ran.code == 0
     assert sorted(path.name for path in ran.folder.glob("*.png")) == ["output_0.png", "output_1.png", "output_2.png"]
     kept = [(r["id"], r["prompt"], r["seed"], r["image"]) for r in ran.records]
     assert kept == [(f"output_{i}", p, 7 + i, f"output_{i}.png") for i, p in enumerate(PROMPTS)]
-    assert not np.array_equal(ran.picture(0), ran.picture(1))
+    assert not np.array_equal(ran.image(0), ran.image(1))
     for i in (2, 1):
         alone = cli("text2img", *SMALL, "--seed", 7 + i, "--save-latents", "--prompts", PROMPTS[i])
         np.testing.assert_allclose(alone.latents(), ran.latents(i), rtol=1e-4, atol=1e-4)
-        assert np.abs(alone.picture().astype(int) - ran.picture(i)).max() <= 1
+        assert np.abs(alone.image().astype(int) - ran.image(i)).max() <= 1
 
 
 @pytest.mark.usefixtures("loaded")
 def test_prompt_and_seed_matter(cli):
-    """Every prompt, or every seed, would give the same picture."""
+    """Every prompt, or every seed, would give the same image."""
     prompt = cli("text2img", *SMALL, "--seed", 3, "--save-latents", "--prompts", PROMPTS[0], PROMPTS[0])
     other = cli("text2img", *SMALL, "--seed", 3, "--save-latents", "--prompts", PROMPTS[1])
     assert not np.array_equal(prompt.latents(0), prompt.latents(1))
@@ -129,8 +129,8 @@ def test_prompts_from_file_of_notepad(cli, tmp_path, asked):
 
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("count", [1, 3])
-def test_pictures_go_to_their_prompts(cli, tmp_path, asked, count):
-    """A prompt would be answered about another picture than the one given with it."""
+def test_images_go_to_their_prompts(cli, tmp_path, asked, count):
+    """A prompt would be answered about another image than the one given with it."""
     colours = ["red", "green", "blue"][:count]
     for colour in colours:
         Image.new("RGB", (40, 40), colour).save(tmp_path / f"{colour}.png")
@@ -163,20 +163,20 @@ def test_record(cli, modality, options, phases):
     assert all(seconds[name] > 0 for name in phases | {"load"})
     assert seconds["compile"] >= 0
     assert sum(seconds.values()) < wall
-    makes_picture = modality == "text2img"
+    makes_image = modality == "text2img"
     assert (record["id"], record["modality"], record["prompt"]) == ("output_0", modality, PROMPTS[0])
     assert record["seed"] == 11
     assert record["think"] is ("--think" in options)
     assert (record["text"] is None) is ("decode" not in phases)
-    assert record["image"] == ("output_0.png" if makes_picture else None)
-    assert record["size"] == ({"height": 96, "width": 160} if makes_picture else None)
+    assert record["image"] == ("output_0.png" if makes_image else None)
+    assert record["size"] == ({"height": 96, "width": 160} if makes_image else None)
     assert "error" not in record
     given = {name[2:].replace("-", "_"): value for name, value in zip(options[::2], options[1::2], strict=False)}
     expected = {name: getattr(DEFAULTS[modality], name) for name in record["settings"]} | {
         name: value for name, value in given.items() if name in record["settings"]
     }
     assert record["settings"] == {k: list(v) if isinstance(v, tuple) else v for k, v in expected.items()}
-    assert {"steps", "height", "cfg_interval"} <= set(record["settings"]) or not makes_picture
+    assert {"steps", "height", "cfg_interval"} <= set(record["settings"]) or not makes_image
     assert not list(ran.folder.glob("*.npy"))  # nobody asked for latents
 
 
@@ -201,8 +201,8 @@ def test_help_shows_the_table_of_defaults(capsys):
 
 
 @pytest.mark.parametrize("modality", MODALITIES)
-def test_every_entry_has_the_same_defaults(cli, tiny, picture, monkeypatch, modality):
-    """REGRESSION 15: the command line and the Python API would give different pictures for the same request."""
+def test_every_entry_has_the_same_defaults(cli, tiny, image, monkeypatch, modality):
+    """REGRESSION 15: the command line and the Python API would give different images for the same request."""
     asked = []
 
     def prepare(_, request):
@@ -210,7 +210,7 @@ def test_every_entry_has_the_same_defaults(cli, tiny, picture, monkeypatch, moda
         raise InputError("far enough")
 
     monkeypatch.setattr(Bagel, "prepare", prepare)
-    image = [picture] if modality.startswith("img") else []
+    image = [image] if modality.startswith("img") else []
     assert cli(modality, "--prompts", "a red bench", *(["--image-path", *image] if image else [])).code == 2
     with pytest.raises(InputError, match="far enough"):
         tiny.generate(modality, "a red bench", *image)
@@ -219,16 +219,16 @@ def test_every_entry_has_the_same_defaults(cli, tiny, picture, monkeypatch, moda
 
 
 @pytest.mark.usefixtures("small")
-def test_edit_says_which_size_it_uses(cli, picture):
+def test_edit_says_which_size_it_uses(cli, image):
     """REGRESSION 27: the size asked for an edit would be ignored without a word."""
-    ran = cli("img2img", "--steps", 2, "--height", 96, "--prompts", "a blue dress", "--image-path", picture)
+    ran = cli("img2img", "--steps", 2, "--height", 96, "--prompts", "a blue dress", "--image-path", image)
     assert ran.code == 0
-    [record], (height, width) = ran.records, ran.picture().shape[:2]
+    [record], (height, width) = ran.records, ran.image().shape[:2]
     assert (height, width) == (48, 64)
     assert record["size"] == {"height": height, "width": width}
     [note] = record["notes"]
     assert "height" in note
-    assert "input picture" in note
+    assert "input image" in note
     assert "64x48 (width x height)" in note
     assert f"note: request 0: {note}\n" in ran.err
 
@@ -285,9 +285,9 @@ def test_decoding_bar_stands_before_the_first_token(cli, monkeypatch):
 
 
 @pytest.mark.usefixtures("small")
-def test_quiet(cli, picture):
+def test_quiet(cli, image):
     """A log file would fill with bars and notes although --quiet was given."""
-    options = "--steps", 2, "--height", 64, "--prompts", "a blue dress", "--image-path", picture
+    options = "--steps", 2, "--height", 64, "--prompts", "a blue dress", "--image-path", image
     ran = cli("img2img", "--quiet", *options)
     assert (ran.code, ran.err, ran.out) == (0, "", "")
     assert ran.records[0]["notes"]
@@ -295,7 +295,7 @@ def test_quiet(cli, picture):
 
 @pytest.mark.parametrize("steps", [2, 5])
 def test_steps_are_evaluations_plus_one(tiny, monkeypatch, steps):
-    """REGRESSION 10, 11: a picture would get one evaluation too many, or one of a single evaluation would be NaN."""
+    """REGRESSION 10, 11: an image would get one evaluation too many, or one of a single evaluation would be NaN."""
     calls, counted, denoise = [], [], loop.denoise
 
     def watched(*args):
@@ -344,12 +344,12 @@ def test_negative_prompt_matters(cli):
 
 
 def test_python_api_gives_the_same(cli, tiny_dir):
-    """The three lines of the README would make another picture than the command line."""
+    """The three lines of the README would make another image than the command line."""
     ran = cli("text2img", *SMALL, "--seed", 4, "--save-latents", "--prompts", "a red bench")
     model = Bagel.load(tiny_dir, dtype="float32")
     result = model.generate("text2img", "a red bench", height=96, width=160, steps=3, seed=4)
     assert np.array_equal(result.latents, ran.latents())
-    assert np.array_equal(np.asarray(result.image), ran.picture())
+    assert np.array_equal(np.asarray(result.image), ran.image())
 
 
 @pytest.mark.parametrize(

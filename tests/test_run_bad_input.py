@@ -88,27 +88,27 @@ def test_unknown_options_dropped(cli, modality, options, parts):
 
 
 @pytest.mark.usefixtures("no_weights")
-def test_edit_without_its_picture(cli, cases_dir):
-    """REGRESSION 35: an edit would quietly become a new picture, or a picture given would be left unused."""
-    picture = cases_dir / "img2img_in0.png"
-    assert_refused(cli("img2img", "--prompts", "a blue dress"), "img2img", "picture")
-    assert_refused(cli("img2text", "--prompts", "what is it?"), "img2text", "picture")
-    assert_refused(cli("text2img", *GOOD, "--image-path", picture), "text2img", "picture", "img2img")
-    assert_refused(cli("text2text", "--prompts", "why?", "--image-path", picture), "text2text", "picture", "img2text")
+def test_edit_without_its_image(cli, cases_dir):
+    """REGRESSION 35: an edit would quietly become a new image, or an image given would be left unused."""
+    image = cases_dir / "img2img_in0.png"
+    assert_refused(cli("img2img", "--prompts", "a blue dress"), "img2img", "image")
+    assert_refused(cli("img2text", "--prompts", "what is it?"), "img2text", "image")
+    assert_refused(cli("text2img", *GOOD, "--image-path", image), "text2img", "image", "img2img")
+    assert_refused(cli("text2text", "--prompts", "why?", "--image-path", image), "text2text", "image", "img2text")
 
 
 @pytest.mark.usefixtures("no_weights")
-def test_pictures_neither_one_nor_one_a_prompt(cli, cases_dir):
-    """Pictures would be paired with prompts by guessing."""
-    picture = cases_dir / "img2img_in0.png"
-    ran = cli("img2text", "--prompts", "a", "b", "c", "--image-path", picture, picture)
-    assert_refused(ran, "--image-path", "2 pictures", "3 prompts")
+def test_images_neither_one_nor_one_a_prompt(cli, cases_dir):
+    """Images would be paired with prompts by guessing."""
+    image = cases_dir / "img2img_in0.png"
+    ran = cli("img2text", "--prompts", "a", "b", "c", "--image-path", image, image)
+    assert_refused(ran, "--image-path", "2 images", "3 prompts")
 
 
 @pytest.mark.usefixtures("no_weights")
-def test_unusable_pictures(cli, cases_dir, tmp_path):
+def test_unusable_images(cli, cases_dir, tmp_path):
     """A mistyped path or a broken download would end in a traceback of Pillow's."""
-    (tmp_path / "notes.png").write_text("no picture at all")
+    (tmp_path / "notes.png").write_text("no image at all")
     whole = (cases_dir / "img2img_in0.png").read_bytes()
     (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])
     for name, part in (("nowhere.png", "does not exist"), ("notes.png", "identify"), ("half.png", "truncated")):
@@ -127,7 +127,7 @@ def test_damaged_avif(cli, tmp_path):
     start = whole.index(b"mdat") + 4
     (tmp_path / "damaged.avif").write_bytes(whole[:start] + bytes(len(whole) - start))
     ran = cli("img2text", "--prompts", "what is it?", "--image-path", tmp_path / "damaged.avif")
-    assert_refused(ran, "damaged.avif", "cannot be read as a picture")
+    assert_refused(ran, "damaged.avif", "cannot be read as an image")
 
 
 @pytest.mark.usefixtures("no_weights")
@@ -264,7 +264,7 @@ def test_unusable_model_files(cli, broken):
 
 def test_process_without_traceback(tiny_dir, tmp_path):
     """A shell script would see success, and a person a traceback."""
-    (tmp_path / "notes.png").write_text("no picture at all")
+    (tmp_path / "notes.png").write_text("no image at all")
     options = "--modality", "img2text", "--prompts", "x", "--image-path", tmp_path / "notes.png"
     done = process("-m", "bagel_jax.run", "--model", tiny_dir, "--output", tmp_path / "out", *options)
     assert (done.returncode, done.stdout) == (2, "")
@@ -274,15 +274,15 @@ def test_process_without_traceback(tiny_dir, tmp_path):
 
 @pytest.fixture
 def small(tiny, monkeypatch) -> None:
-    """The command line gets the model that is loaded already, with input pictures resized to little."""
+    """The command line gets the model that is loaded already, with input images resized to little."""
     monkeypatch.setattr(Bagel, "open", lambda *_: small_copy(tiny))
 
 
 @pytest.mark.usefixtures("small")
-def test_one_bad_picture_among_three(cli, cases_dir, tmp_path):
-    """One bad picture would cost the answers about all others."""
+def test_one_bad_image_among_three(cli, cases_dir, tmp_path):
+    """One bad image would cost the answers about all others."""
     good = cases_dir / "img2img_in0.png"
-    (tmp_path / "notes.png").write_text("no picture at all")
+    (tmp_path / "notes.png").write_text("no image at all")
     paths = good, tmp_path / "notes.png", good
     ran = cli("img2text", "--quiet", "--max-tokens", 4, "--prompts", "a", "b", "c", "--image-path", *paths)
     assert ran.code == 2
@@ -300,7 +300,7 @@ def test_one_bad_picture_among_three(cli, cases_dir, tmp_path):
 
 @pytest.mark.parametrize("crashes", [False, True], ids=["not finite", "the device fails"])
 def test_request_that_fails_while_it_runs(cli, tiny, monkeypatch, crashes):
-    """One failure would cost the pictures of all others, or would look like success."""
+    """One failure would cost the images of all others, or would look like success."""
     prepare, denoise = Bagel.prepare, loop.denoise
     said = "the device is out of memory" if crashes else "the latents are not finite"
 

@@ -22,7 +22,7 @@ NOTE = (
     "hf download ByteDance-Seed/BAGEL-7B-MoT --local-dir models/BAGEL-7B-MoT, then --model models/BAGEL-7B-MoT"
 )
 RED_CIRCLE = "a red circle on a white background"
-# What an example says, or the colour in the middle of the picture that it makes.
+# What an example says, or the colour in the middle of the image that it makes.
 ANSWERS = {"text2text": "The capital of France is Paris.", "img2text": RED_CIRCLE, "text2img": "red", "img2img": "blue"}
 
 
@@ -67,9 +67,9 @@ def command(ran: Ran) -> list[str]:
     return shlex.split(line)[3:]
 
 
-def color_amid(picture: np.ndarray) -> str:
-    """The name of the colour that is nearest to a picture's middle."""
-    middle = picture[32, 32].astype(int)
+def color_amid(image: np.ndarray) -> str:
+    """The name of the colour that is nearest to an image's middle."""
+    middle = image[32, 32].astype(int)
     return min(COLORS, key=lambda name: np.abs(middle - COLORS[name]).sum())
 
 
@@ -89,9 +89,9 @@ def test_modality_alone_runs_an_example(cli, opened, modality):
         assert ran.out == ANSWERS[modality] + "\n"
         assert record["text"] == ANSWERS[modality]
     else:
-        assert color_amid(ran.picture()) == ANSWERS[modality]
-        assert ran.picture().shape == (64, 64, 3)
-        assert (ran.picture()[[0, 0, -1, -1], [0, -1, 0, -1]] > 200).all()  # white corners
+        assert color_amid(ran.image()) == ANSWERS[modality]
+        assert ran.image().shape == (64, 64, 3)
+        assert (ran.image()[[0, 0, -1, -1], [0, -1, 0, -1]] > 200).all()  # white corners
 
     files = {path.name: path.read_bytes() for path in ran.folder.glob("*.png")}
     again = cli(*arguments)
@@ -130,22 +130,22 @@ def test_example_with_other_options(cli, tmp_path):
     assert ran.latents().shape == (16, 64)
     arguments = command(ran)
     assert all(option in arguments for option in options)
-    picture = ran.picture()
-    assert np.array_equal(cli(*arguments).picture(), picture)
+    image = ran.image()
+    assert np.array_equal(cli(*arguments).image(), image)
 
 
 @pytest.mark.usefixtures("opened")
-def test_own_prompts_about_the_example_picture(cli):
-    """A question without a picture would be refused, or answered without a word about which picture it was."""
+def test_own_prompts_about_the_example_image(cli):
+    """A question without an image would be refused, or answered without a word about which image it was."""
     ran = cli("--modality", "img2text", "--prompts", "What shape is it?", "What color is the shape?")
     assert (ran.code, ran.out) == (0, "circle\nred\n")
-    assert "no picture given, so the bundled example stands in" in ran.err
+    assert "no image given, so the bundled example stands in" in ran.err
     assert cli(*command(ran)).out == ran.out
 
 
 @pytest.mark.usefixtures("opened")
-def test_own_pictures_with_the_example_prompt(cli, tmp_path):
-    """Two pictures and no prompt would be an error about one prompt that nobody gave."""
+def test_own_images_with_the_example_prompt(cli, tmp_path):
+    """Two images and no prompt would be an error about one prompt that nobody gave."""
     for name in ("green", "yellow"):
         Image.fromarray(draw(Scene("square", COLORS[name], COLORS["black"], 18, 32, 32))).save(f"{name}.png")
     ran = cli("--modality", "img2text", "--image-path", "green.png", "yellow.png")
@@ -195,18 +195,18 @@ def test_refusals(cli, tmp_path):
     assert ran.code == 2
     assert ran.err.startswith("error: steps is 1;")
     assert ran.err.count("\n") == 1
-    ran = cli("--modality", "text2text", "--image-path", EXAMPLES["img2text"].picture)
+    ran = cli("--modality", "text2text", "--image-path", EXAMPLES["img2text"].image)
     assert ran.code == 2
-    assert ran.err.startswith("error: text2text was given a picture;")
+    assert ran.err.startswith("error: text2text was given an image;")
     assert not ran.folder.exists()
 
 
 def test_a_given_model_has_no_examples(cli, tiny_dir):
-    """A forgotten prompt or picture would cost minutes of a large model's time."""
+    """A forgotten prompt or image would cost minutes of a large model's time."""
     ran = cli("--model", tiny_dir, "--modality", "img2img")
     assert (ran.code, ran.err) == (2, "error: neither of --prompts and --txt-prompts was given; give one of them\n")
     ran = cli("--model", tiny_dir, "--modality", "img2img", "--prompts", "make it blue")
-    assert (ran.code, ran.err) == (2, "error: img2img was given no picture; it needs one\n")
+    assert (ran.code, ran.err) == (2, "error: img2img was given no image; it needs one\n")
 
 
 def test_help_tells_of_the_default(capsys):
@@ -226,10 +226,10 @@ def test_python_without_a_directory(demo):
     assert result.text == RED_CIRCLE
 
 
-def test_example_pictures():
+def test_example_images():
     """The examples would weigh on every clone, or show what the world never shows."""
-    pictures = list((MODEL.parent / "examples").iterdir())
-    assert {e.picture for e in EXAMPLES.values() if e.picture} == set(pictures)
-    assert all(path.stat().st_size < 2000 for path in pictures)
-    with Image.open(EXAMPLES["img2img"].picture) as image:
+    images = list((MODEL.parent / "examples").iterdir())
+    assert {e.image for e in EXAMPLES.values() if e.image} == set(images)
+    assert all(path.stat().st_size < 2000 for path in images)
+    with Image.open(EXAMPLES["img2img"].image) as image:
         assert np.array_equal(image, draw(Scene("circle", COLORS["red"], COLORS["white"], 18, 32, 32)))

@@ -62,7 +62,7 @@ def test_request_that_the_pool_has_no_room_for(cli):
     assert ["error" in record for record in ran.records] == [False, True, False]
 
 
-def test_more_pictures_at_once_than_memory(cli, monkeypatch):
+def test_more_images_at_once_than_memory(cli, monkeypatch):
     """Stage 1 would take memory until the process is killed, or end in a traceback of XLA."""
     monkeypatch.setattr(stage, "free_bytes", lambda device, share: 10**7)
     ran = cli("text2img", "--quiet", "--prompts", "a")

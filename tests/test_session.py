@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from dense import view_of
 from PIL import Image
-from small import new_model, picture
+from small import new_model, random_image
 
 from bagel_jax.errors import InputError
 from bagel_jax.request import MAX_SEED, Request, Result
@@ -34,7 +34,7 @@ def bagel(made):
 
 
 class Answers:
-    """Stands in for a model: a picture or a text for each request, in no time."""
+    """Stands in for a model: an image or a text for each request, in no time."""
 
     def __init__(self):
         self.requests: list[Request] = []
@@ -46,9 +46,9 @@ class Answers:
         self.requests.append(request)
         number = len(self.requests)
         result = Result(request.request_id, request.modality)
-        if request.makes_picture:
-            result.image = picture(number)
-        if request.think or not request.makes_picture:
+        if request.makes_image:
+            result.image = random_image(number)
+        if request.think or not request.makes_image:
             result.text = f"text {number}"
         return result
 
@@ -62,8 +62,8 @@ def near(ours, theirs) -> None:
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_an_edit_of_a_produced_picture_equals_that_of_a_given_one(bagel):
-    """The produced picture is seen otherwise than a given one: by its latents, with other noise, or not at all."""
+def test_an_edit_of_a_produced_image_equals_that_of_a_given_one(bagel):
+    """The produced image is seen otherwise than a given one: by its latents, with other noise, or not at all."""
     session = bagel.session(seed=5)
     first = session.draw("a red bench", **SIZES, **STEPS)
     second = session.draw("make it blue", **STEPS)
@@ -71,20 +71,20 @@ def test_an_edit_of_a_produced_picture_equals_that_of_a_given_one(bagel):
     first.image.save(file, "png")
     bagel.engine.ar.scheduler.cache.clear()
     inputs = ["a red bench", Image.open(file), "make it blue"]
-    given = bagel.generate("img2img", inputs=inputs, seed=6, picture_seeds=[5], **STEPS)
+    given = bagel.generate("img2img", inputs=inputs, seed=6, image_seeds=[5], **STEPS)
     assert given.cached_prefix_tokens == 0
     near(second.latents, given.latents)
     assert second.image.size == given.image.size
-    unseen = bagel.generate("img2img", inputs=["a red bench", picture(9, 24, 32), "make it blue"], seed=6, **STEPS)
+    unseen = bagel.generate("img2img", inputs=["a red bench", random_image(9, 24, 32), "make it blue"], seed=6, **STEPS)
     assert np.abs(unseen.latents - second.latents).max() > 1e-3
 
 
 def test_a_fork_of_what_was_found_a_moment_ago():
-    """Copies of one step read what none has written yet: the branch without pictures begins with an unwritten page.
+    """Copies of one step read what none has written yet: the branch without images begins with an unwritten page.
 
     The full context begins with a copy of a page in the cache, and that branch with a copy of the copy.
     """
-    request = Request.create("img2img", inputs=["a red bench", picture(), "make it blue"], **STEPS)
+    request = Request.create("img2img", inputs=["a red bench", random_image(), "make it blue"], **STEPS)
     fresh, alone = new_model(), new_model(prefix_cache=False)  # pages that were used before may hide it
     fresh.generate("text2img", "a red bench", **SIZES, **STEPS)
     found, computed = (view_of(model.context(request), view=2) for model in (fresh, alone))
@@ -101,21 +101,21 @@ def test_turns_find_what_earlier_turns_computed(bagel):
     assert results[0].cached_prefix_tokens == 0
     assert results[0].prefilled_tokens == plans[0].main.length
     for before, after, result in zip(plans, plans[1:], results[1:], strict=False):
-        assert before.main.length < after.text.length < after.main.length  # the picture's blocks, then the prompt
-        assert result.cached_prefix_tokens >= before.main.length  # all blocks of all pictures that were there
+        assert before.main.length < after.text.length < after.main.length  # the image's blocks, then the prompt
+        assert result.cached_prefix_tokens >= before.main.length  # all blocks of all images that were there
         new = after.main.length - before.main.length + after.img.length - before.img.length
         assert result.prefilled_tokens == new
 
 
-def test_the_pictures_blocks_are_found(bagel):
-    """A picture of two turns ago is encoded and prefilled anew, since its posterior noise is of this turn."""
+def test_the_images_blocks_are_found(bagel):
+    """An image of two turns ago is encoded and prefilled anew, since its posterior noise is of this turn."""
     session = bagel.session(seed=1)
     session.draw("a red bench", **SIZES, **STEPS)
     session.draw("make it blue", **STEPS)
     third = session.draw("make it larger", **STEPS)
     second = bagel.prepare(session.requests[1])
     blocks = second.plan.text.length - bagel.prepare(session.requests[0]).plan.main.length
-    (rows, columns), vae = second.pictures[0].vit_grid, second.posterior_noise[0].shape[:2]
+    (rows, columns), vae = second.images[0].vit_grid, second.posterior_noise[0].shape[:2]
     assert blocks == vae[0] // 2 * (vae[1] // 2) + 2 + rows * columns + 2
     assert third.cached_prefix_tokens > blocks
     noise = [bagel.prepare(request).posterior_noise[0] for request in session.requests[1:]]
@@ -123,7 +123,7 @@ def test_the_pictures_blocks_are_found(bagel):
 
 
 def test_the_prefix_cache_changes_nothing(bagel):
-    """What a turn finds in the cache is another picture's or another seed's."""
+    """What a turn finds in the cache is another image's or another seed's."""
     session = bagel.session(seed=3)
     results = [session.draw("a red bench", **SIZES, **STEPS), session.draw("make it blue", **STEPS)]
     results += [session.ask("what is it?", max_tokens=6), session.draw("and green", **STEPS)]
@@ -137,13 +137,13 @@ def test_the_prefix_cache_changes_nothing(bagel):
 
 
 def test_ask_after_draw(bagel):
-    """A question does not see the picture that was drawn, or prefills the prompt before it again."""
+    """A question does not see the image that was drawn, or prefills the prompt before it again."""
     session = bagel.session(seed=2)
     drawn = session.draw("a red bench", **SIZES, **STEPS)
-    answer = session.ask("what is in the picture?", max_tokens=6)
+    answer = session.ask("what is in the image?", max_tokens=6)
     request = session.requests[-1]
     assert request.modality == "img2text"
-    assert request.inputs == ("a red bench", drawn.image, "what is in the picture?")
+    assert request.inputs == ("a red bench", drawn.image, "what is in the image?")
     assert session.history == [*request.inputs, answer.text]
     prompt = bagel.prepare(session.requests[0]).plan.main.length
     assert answer.cached_prefix_tokens == prompt
@@ -163,8 +163,8 @@ def test_the_plan_of_think_mode_joins_the_history(bagel):
 
 
 def test_history(answers):
-    """A prompt, an answer, a plan or a picture is missing, or out of order, in what a turn sees."""
-    session, brought = Session(answers, seed=7), picture(100)
+    """A prompt, an answer, a plan or an image is missing, or out of order, in what a turn sees."""
+    session, brought = Session(answers, seed=7), random_image(100)
     asked = session.ask("hello")
     drawn = session.draw("a bench", think=True)
     session.add(brought)
@@ -180,16 +180,16 @@ def test_history(answers):
 
 
 def test_seeds(answers):
-    """All turns draw the same noise, or a picture's posterior sample changes from turn to turn."""
+    """All turns draw the same noise, or an image's posterior sample changes from turn to turn."""
     session = Session(answers, seed=7)
     session.draw("a bench")
-    session.add(picture())
+    session.add(random_image())
     session.draw("make it blue")
     session.ask("what is it?")
     session.draw("make it green", seed=1)
     session.draw("make it red")
     assert [request.seed for request in answers.requests] == [7, 8, 9, 1, 11]
-    seeds = [request.picture_seeds for request in answers.requests]
+    seeds = [request.image_seeds for request in answers.requests]
     assert seeds[1:] == [(7, 8), None, (7, 8, 8), (7, 8, 8, 10)]
     assert not seeds[0]
     assert len({request.request_id for request in answers.requests}) == 5
@@ -209,10 +209,10 @@ def test_a_failing_turn_leaves_the_session_as_it_was(answers, error, makes):
     assert (session.history, session.requests) == before
     session.draw("make it green")
     assert answers.requests[-1].inputs == (*before[0], "make it green")
-    assert (answers.requests[-1].seed, answers.requests[-1].picture_seeds) == (8, (7,))
+    assert (answers.requests[-1].seed, answers.requests[-1].image_seeds) == (8, (7,))
 
 
-@pytest.mark.parametrize("options", [{"steps": 1}, {"no_such": 1}, {"seed": -1}, {"picture_seeds": [1]}])
+@pytest.mark.parametrize("options", [{"steps": 1}, {"no_such": 1}, {"seed": -1}, {"image_seeds": [1]}])
 def test_a_turn_that_is_no_request(answers, options):
     """A bad option is found after the session has taken the prompt in."""
     session = Session(answers)

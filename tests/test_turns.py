@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from commands import Ran
-from small import model, new_model, picture
+from small import model, new_model, random_image
 
 from bagel_jax.bagel import Bagel
 from bagel_jax.errors import InputError
@@ -79,8 +79,8 @@ BAD = {
     "interval": ('{"draw": "a bench", "cfg_interval": [1, 0]}', "LO must not be above HI"),
     "choice": ('{"draw": "a bench", "cfg_renorm_type": []}', "cfg_renorm_type is []"),
     "negative prompt": ('{"draw": "a bench", "negative_prompt": 5}', "negative_prompt is 5"),
-    "picture": ('{"draw": "a bench", "image": "no/such.png"}', "picture no/such.png does not exist"),
-    "picture's name": ('{"draw": "a bench", "image": 500}', "500 cannot be read as a picture"),
+    "image": ('{"draw": "a bench", "image": "no/such.png"}', "image no/such.png does not exist"),
+    "image's name": ('{"draw": "a bench", "image": 500}', "500 cannot be read as an image"),
     "half a letter": ('{"draw": "\\ud800"}', "not valid Unicode"),
 }
 
@@ -121,8 +121,8 @@ def test_usual_options_are_checked_too(file):
 
 
 def test_read_turns(file, tmp_path):
-    """A turn loses its picture or its settings, or does the other thing."""
-    picture().save(tmp_path / "in.png")
+    """A turn loses its image or its settings, or does the other thing."""
+    random_image().save(tmp_path / "in.png")
     path = file("\ufeff" + json.dumps(DRAW), "", ASK, EDIT | {"image": str(tmp_path / "in.png"), "seed": 3})
     turns = read_turns(str(path), {"steps": 9, "think": False})
     assert [(turn.draws, turn.prompt, turn.image is not None) for turn in turns] == [
@@ -132,12 +132,12 @@ def test_read_turns(file, tmp_path):
     ]
     assert turns[0].options == {"steps": 9, "think": False, "height": 32, "width": 24}
     assert turns[2].options == {"steps": 9, "think": False, "seed": 3}
-    np.testing.assert_array_equal(turns[2].image, picture())
+    np.testing.assert_array_equal(turns[2].image, random_image())
 
 
 def test_a_conversation(cli, file, small, tmp_path):
     """Turns are answered apart from each other, or the record names other settings than were used."""
-    picture(1).save(tmp_path / "in.png")
+    random_image(1).save(tmp_path / "in.png")
     brought = {"draw": "like this", "image": str(tmp_path / "in.png"), "steps": 4}
     ran = cli(file(DRAW, EDIT, ASK, brought), "--seed", 5, "--save-latents", "--quiet")
     assert (ran.code, ran.err) == (0, "")
@@ -155,12 +155,12 @@ def test_a_conversation(cli, file, small, tmp_path):
     session = Session(model().run, seed=5)
     results = [session.draw("a red bench", height=32, width=24, steps=3), session.draw("make it blue", steps=3)]
     results.append(session.ask("what is it?", max_tokens=4))
-    session.add(picture(1))
+    session.add(random_image(1))
     results.append(session.draw("like this", steps=4))
     assert records[2]["text"] == results[2].text
     for i in (0, 1, 3):
         np.testing.assert_allclose(ran.latents(i), results[i].latents, rtol=1e-4, atol=1e-4)
-        assert np.abs(ran.picture(i).astype(int) - np.asarray(results[i].image)).max() <= 1
+        assert np.abs(ran.image(i).astype(int) - np.asarray(results[i].image)).max() <= 1
 
 
 @pytest.mark.usefixtures("no_weights")
@@ -201,7 +201,7 @@ def test_a_turn_that_cannot_be_done(cli, file):
     assert ran.code == 2
     done, failed = ran.records
     assert (done["id"], done["image"], "error" in done) == ("output_0", "output_0.png", False)
-    assert ran.picture(0).shape == (32, 24, 3)
+    assert ran.image(0).shape == (32, 24, 3)
     assert failed["id"] == "output_1"
     assert failed["error"].startswith("InputError: ")
     assert ran.err.startswith("error: turn 1 failed: the request may need")
@@ -233,7 +233,7 @@ def test_a_turn_that_fails(cli, file, monkeypatch, error, code):
 
 @pytest.mark.usefixtures("small")
 def test_results_that_cannot_be_written(cli, file, tmp_path):
-    """A full disk, or here a folder in a picture's place, is a traceback."""
+    """A full disk, or here a folder in an image's place, is a traceback."""
     (tmp_path / "output" / "output_1.png").mkdir(parents=True)
     ran = cli(file(DRAW, EDIT, EDIT), "--quiet")
     assert ran.code == 1
@@ -249,7 +249,7 @@ def test_a_number_of_thousands_of_digits(file):
 
 @pytest.mark.usefixtures("small")
 def test_options_are_for_the_turns_that_they_concern(cli, file):
-    """A picture's option beside --turns is said to have no effect on every question."""
+    """An image's option beside --turns is said to have no effect on every question."""
     ran = cli(file(DRAW, ASK), "--max-tokens", 3, "--cfg-text-scale", 2)
     assert ran.code == 0
     assert [record["notes"] for record in ran.records] == [[], []]

@@ -1,4 +1,4 @@
-"""Training at toy sizes: a model smaller than `small.py`'s, drawn pictures, records, configurations."""
+"""Training at toy sizes: a model smaller than `small.py`'s, drawn images, records, configurations."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from small import CONFIG, TOKENIZER, drawn
-from small import picture as picture
+from small import random_image as random_image
 from tensorboardX.proto import event_pb2
 
 from bagel_jax.checkpoint.export import export
@@ -22,7 +22,7 @@ from bagel_jax.models.weights import Weights, abstract_weights
 from bagel_jax.train.config import TrainConfig, read_train_config
 from bagel_jax.train.packing import Batch, TextPart, VaePart, VitPart, lay_out, pack
 
-# Pictures of 16 pixels are 16 latent tokens, and 4 patches for the ViT.
+# Images of 16 pixels are 16 latent tokens, and 4 patches for the ViT.
 TINY = dataclasses.replace(
     CONFIG,
     trunk=dataclasses.replace(CONFIG.trunk, hidden_size=16, num_heads=2, num_kv_heads=1, mlp_width=24),
@@ -73,12 +73,12 @@ def full_batch() -> Batch:
     return jax.tree.map(lambda x: x[None], batch)
 
 
-def draw_pictures(folder: Path, count: int = 4, size: tuple[int, int] = (16, 16)) -> list[str]:
-    """Pictures of noise in a folder; returns their names."""
+def draw_images(folder: Path, count: int = 4, size: tuple[int, int] = (16, 16)) -> list[str]:
+    """Images of noise in a folder; returns their names."""
     folder.mkdir(parents=True, exist_ok=True)
     names = [f"{i}_{size[0]}x{size[1]}.png" for i in range(count)]
     for i, name in enumerate(names):
-        picture(i, *size).save(folder / name)
+        random_image(i, *size).save(folder / name)
     return names
 
 
@@ -89,8 +89,8 @@ def write_records(path: Path, records: list[list[dict[str, Any]]]) -> str:
 
 
 def write_data(folder: Path) -> tuple[str, str]:
-    """Two files of records in a folder, of edits and of texts, and their pictures; returns their paths."""
-    names = draw_pictures(folder)
+    """Two files of records in a folder, of edits and of texts, and their images; returns their paths."""
+    names = draw_images(folder)
     edits = [
         [{"image": a, "as": "both"}, {"text": f"edit {i}"}, {"image": b, "target": True}]
         for i, (a, b) in enumerate(zip(names, names[1:] + names[:1], strict=True))

@@ -1,7 +1,7 @@
 """From a planned step to the arrays of its program, padded to few sizes.
 
 With rows that decode there are as many as may be in work, or a power of two where nothing is prefilled; a text is
-padded to a power of two; beside a picture's block there is one size of text, and the block is padded by an eighth at
+padded to a power of two; beside an image's block there is one size of text, and the block is padded by an eighth at
 most. So a steady load needs a handful of programs.
 """
 
@@ -56,7 +56,7 @@ def rows_of(jobs: Sequence[Job], size: int, width: int) -> tuple[Rows, Sampling]
 
 
 def chunk_of(plan: StepPlan, image, page_size: int, width: int) -> Chunk:
-    """What a step prefills; `image` is the picture's embedded block `[N, D]`, padded, or None."""
+    """What a step prefills; `image` is the image's embedded block `[N, D]`, padded, or None."""
     tokens = np.asarray([token for piece in plan.pieces for token in piece.tokens], np.int32).reshape(-1, 4)
     count = len(tokens)
     size = TEXT_BESIDE_IMAGE if plan.image is not None else power_of_two(count, _LEAST_TEXT)
@@ -79,7 +79,7 @@ def chunk_of(plan: StepPlan, image, page_size: int, width: int) -> Chunk:
         page[real], slot[real] = own[places // page_size], places % page_size
         rope[real], kv_end[real] = plan.image.rope, plan.image.kv_end
         table[-1, : len(own)] = own
-    # The texts, then padding as a sequence of its own, then the picture.
+    # The texts, then padding as a sequence of its own, then the image.
     offsets = np.asarray([*ends, *[count] * (MAX_TEXTS - len(plan.pieces)), size, size + extra], np.int32)
     return Chunk(ids, image, rope, page, slot, kv_end, offsets, table)
 

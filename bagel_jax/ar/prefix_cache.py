@@ -29,16 +29,16 @@ def _digest(*parts: bytes | np.ndarray) -> bytes:
 
 
 class Hasher:
-    """Hashes the contexts of one request; each picture is read once."""
+    """Hashes the contexts of one request; each image is read once."""
 
     def __init__(self, prepared: Prepared):
         self._prepared = prepared
-        self._pictures: dict[Segment, bytes] = {}
+        self._images: dict[Segment, bytes] = {}
 
     def chain(self, segments: Iterable[Segment]) -> list[bytes]:
         """The hash of each prefix of whole segments.
 
-        A picture counts by its pixels, and for the autoencoder by the noise of its posterior sample too.
+        An image counts by its pixels, and for the autoencoder by the noise of its posterior sample too.
         """
         hashes, last = [], b""
         for segment in segments:
@@ -49,15 +49,15 @@ class Hasher:
     def _content(self, segment: Segment) -> bytes:
         if isinstance(segment, Text):
             return _digest(b"text", np.asarray(segment.ids, np.int32))
-        if segment not in self._pictures:
-            picture = self._prepared.pictures[segment.picture]
+        if segment not in self._images:
+            image = self._prepared.images[segment.image]
             if isinstance(segment, VaeImage):
-                noise = self._prepared.posterior_noise[segment.picture]
-                self._pictures[segment] = _digest(b"vae", picture.vae_pixels, noise)
+                noise = self._prepared.posterior_noise[segment.image]
+                self._images[segment] = _digest(b"vae", image.vae_pixels, noise)
             else:
-                grid = np.asarray(picture.vit_grid, np.int32)
-                self._pictures[segment] = _digest(b"vit", picture.vit_patches, grid)
-        return self._pictures[segment]
+                grid = np.asarray(image.vit_grid, np.int32)
+                self._images[segment] = _digest(b"vit", image.vit_patches, grid)
+        return self._images[segment]
 
 
 class _Kept(NamedTuple):

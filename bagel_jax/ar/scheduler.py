@@ -13,14 +13,14 @@ from bagel_jax.inputs.plan import Text, VaeImage, VitImage
 from bagel_jax.pool import PagePool
 from bagel_jax.settings import ServingSettings
 
-# Texts beside a picture's block, and sequences with text to prefill, in one step: few, so that there are few programs.
+# Texts beside an image's block, and sequences with text to prefill, in one step: few, so that there are few programs.
 TEXT_BESIDE_IMAGE = 64
 MAX_TEXTS = 8
 
 
 @dataclass
 class Piece:
-    """Text tokens of one sequence in a step, the markers of a picture's block among them."""
+    """Text tokens of one sequence in a step, the markers of an image's block among them."""
 
     job: Job
     sequence: Sequence
@@ -30,7 +30,7 @@ class Piece:
 
 @dataclass
 class Image:
-    """A picture's block in a step, without its markers."""
+    """An image's block in a step, without its markers."""
 
     job: Job
     sequence: Sequence
@@ -51,7 +51,7 @@ class StepPlan:
     tokens: int = 1  # that each row may decode; more than one only where nothing is prefilled
 
     def count(self, piece: Piece) -> int:
-        """Tokens of a piece's sequence that the step computes, those of a picture included."""
+        """Tokens of a piece's sequence that the step computes, those of an image included."""
         return _planned(piece, self.image)
 
 
@@ -105,7 +105,7 @@ class Scheduler:
         """Pages that a job may need in all when it is alone."""
         main, *others = job.sequences
         longest = main.length + (job.decoding.limit if job.decoding is not None else 0)
-        if job.decoding is not None and job.prepared.request.makes_picture:
+        if job.decoding is not None and job.prepared.request.makes_image:
             longest += 2  # the thought, as a text, has markers
         count = self._pages(longest)
         for s in others:
@@ -136,7 +136,7 @@ class Scheduler:
             job.phase_start = time.perf_counter()
 
     def _in_work(self, job: Job) -> bool:
-        """Whether the next picture that a job needs is just being computed for another, which is worth waiting for."""
+        """Whether the next image that a job needs is just being computed for another, which is worth waiting for."""
         if not self.settings.prefix_cache:
             return False
         first = job.sequences[0]

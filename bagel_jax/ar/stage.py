@@ -42,7 +42,7 @@ class Tokens:
 class Finished:
     """All contexts of a request are there and all its tokens decoded.
 
-    One that makes a picture keeps its pages until its context is taken (`ContextStage.take`); any other has left.
+    One that makes an image keeps its pages until its context is taken (`ContextStage.take`); any other has left.
     """
 
     request_id: str
@@ -153,7 +153,7 @@ class ContextStage:
         except Exception as error:  # a device fails in any way it likes
             return self._begin_again(plan, error)
         for job in [job for job in self.scheduler.running if job.finished]:
-            if job.prepared.request.makes_picture:
+            if job.prepared.request.makes_image:
                 self.scheduler.running.remove(job)
                 self._ready[job.request_id] = job
             else:
@@ -206,11 +206,11 @@ class ContextStage:
         self.scheduler.release(job)
 
     def _decoding(self, request) -> Decoding | None:
-        if request.makes_picture and not request.think:
+        if request.makes_image and not request.think:
             return None
         s = request.settings
         return Decoding(
-            limit=s.max_think_tokens if request.makes_picture else s.max_tokens,
+            limit=s.max_think_tokens if request.makes_image else s.max_tokens,
             key=(0, request.seed),  # as `jax.random.key` makes it of 32 bits, without asking the device
             do_sample=s.do_sample,
             temperature=s.text_temperature,
@@ -259,18 +259,18 @@ class ContextStage:
             self.pages = steps.copy_pages(self.pages, source, target)
 
     def _embed(self, image: Image) -> jax.Array:
-        """A picture's block between its markers, `[N, D]`, padded."""
+        """An image's block between its markers, `[N, D]`, padded."""
         prepared, segment = image.job.prepared, image.segment
-        picture = prepared.pictures[segment.picture]
+        image = prepared.images[segment.image]
         model = self.weights.skeleton, self.weights.arrays
         count = segment.num_tokens - 2
         if isinstance(segment, VaeImage):
-            noise = prepared.posterior_noise[segment.picture]
+            noise = prepared.posterior_noise[segment.image]
             positions = latent_positions((segment.rows, segment.columns), self.config)
-            return steps.embed_vae(*model, picture.vae_pixels, noise, positions, bucket(count, 64))
+            return steps.embed_vae(*model, image.vae_pixels, noise, positions, bucket(count, 64))
         padding = bucket(count, 64) - count
-        patches = np.pad(picture.vit_patches, ((0, padding), (0, 0)))
-        positions = np.pad(vit_positions(picture, self.config), (0, padding))
+        patches = np.pad(image.vit_patches, ((0, padding), (0, 0)))
+        positions = np.pad(vit_positions(image, self.config), (0, padding))
         return steps.embed_vit(*model, patches, positions, np.int32(count))
 
     def _decoded(self, job: Job, tokens: list[int]) -> list[Event]:
@@ -289,11 +289,11 @@ class ContextStage:
         return [Tokens(job.request_id, new)]
 
     def _end_text(self, job: Job) -> list[Event]:
-        """A text is over; before a picture it becomes part of the context, tokenized anew as officially."""
+        """A text is over; before an image it becomes part of the context, tokenized anew as officially."""
         job.decoding, sequence = None, job.sequences[0]
         job.ids = list(sequence.tail)
         job.end_phase("decode")
-        if not job.prepared.request.makes_picture:
+        if not job.prepared.request.makes_image:
             return []
         thought = Text(self.tokenizer.prompt(self.tokenizer.answer(job.ids)))
         sequence.computed, sequence.tail = sequence.length, []

@@ -1,8 +1,8 @@
 """The jitted programs of stage 0 over KV in pages.
 
 `advance` is one step: a token of each decoding row, and behind them tokens to prefill, of any sequences, which may hold
-one block of a picture. All keys and values of the step are written before any are attended to, so a text and the
-picture before it may share a step. A program is compiled for the padded sizes (`batch.py`) of its arguments; what is in
+one block of an image. All keys and values of the step are written before any are attended to, so a text and the
+image before it may share a step. A program is compiled for the padded sizes (`batch.py`) of its arguments; what is in
 them is traced.
 """
 
@@ -38,7 +38,7 @@ class Rows(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Tokens to prefill: T of text and markers, then the N of a picture's block, if any."""
+    """Tokens to prefill: T of text and markers, then the N of an image's block, if any."""
 
     ids: jax.Array  # [T] int32
     image: jax.Array | None  # [N, D], embedded patches or latents
@@ -55,7 +55,7 @@ class Program(NamedTuple):
 
     skeleton: Skeleton
     backend: str  # of attention
-    latents: bool = False  # the picture's tokens are latents, for the generation expert
+    latents: bool = False  # the image's tokens are latents, for the generation expert
 
 
 program = partial(jax.jit, static_argnames=("static",), donate_argnames=("pages",))
@@ -151,17 +151,17 @@ def decode(static: Program, arrays, pages, rows: Rows, sampling: Sampling, end_t
 
 @partial(jax.jit, static_argnames=("skeleton",))
 def embed_vit(skeleton, arrays, patches, position_ids, length) -> jax.Array:
-    """A picture's patches `[N, patch patch 3]` -> trunk inputs `[N, D]`; `length` of the N are real."""
+    """An image's patches `[N, patch patch 3]` -> trunk inputs `[N, D]`; `length` of the N are real."""
     return skeleton.merge(arrays).embed_vit(patches, position_ids, length)
 
 
 @partial(jax.jit, static_argnames=("skeleton", "size"))
 def embed_vae(skeleton, arrays, pixels, noise, position_ids, size: int) -> jax.Array:
-    """A picture's pixels `[H, W, 3]` in [-1, 1] -> its clean latent tokens as trunk inputs, padded to `[size, D]`.
+    """An image's pixels `[H, W, 3]` in [-1, 1] -> its clean latent tokens as trunk inputs, padded to `[size, D]`.
 
     Args:
         skeleton, arrays: the model.
-        pixels: the picture.
+        pixels: the image.
         noise: `[h, w, C]`, for the posterior sample.
         position_ids: `[N]`.
         size: at least N.

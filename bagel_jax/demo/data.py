@@ -1,7 +1,7 @@
 """Writes a training set of the demo world.
 
-    python -m bagel_jax.demo.data DIR                    the world: 30000 edits, 60000 pictures
-    python -m bagel_jax.demo.data DIR --new-color pink   ten pictures of a colour that the world has not, and 250 of it
+    python -m bagel_jax.demo.data DIR                    the world: 30000 edits, 60000 images
+    python -m bagel_jax.demo.data DIR --new-color pink   ten images of a colour that the world has not, and 250 of it
 
 A file of records for each task, and `train.jsonl`, a mixture of all. A record is one line of JSON,
 `{"segments": [...]}`, and a segment one of
@@ -9,11 +9,11 @@ A file of records for each task, and `train.jsonl`, a mixture of all. A record i
     {"text": "..."}                                       read
     {"text": "...", "target": true}                       to be answered
     {"text": "...", "drop": false}                        read, and never left out
-    {"image": "pictures/00/00000.png", "as": "vit"}       seen by the ViT ("vit"), the autoencoder ("vae") or "both"
-    {"image": "pictures/00/00001.png", "target": true}    to be made
+    {"image": "images/00/00000.png", "as": "vit"}       seen by the ViT ("vit"), the autoencoder ("vae") or "both"
+    {"image": "images/00/00001.png", "target": true}    to be made
 
 with paths relative to the file. Nothing in the set shows or names a held-out combination. A model that knows which
-combinations exist answers from memory instead of looking, so many pictures have colours without a name, and many
+combinations exist answers from memory instead of looking, so many images have colours without a name, and many
 questions are about one or two attributes only.
 """
 
@@ -56,18 +56,18 @@ from bagel_jax.inputs.prepare import THINK_PROMPTS
 PAIRS = 30000
 # The tasks, each with its part of `train.jsonl`.
 SHARES = {"see": 0.25, "caption": 0.1, "img2img": 0.25, "text2img": 0.25, "think": 0.08, "text2text": 0.07}
-NEW_COLOR_PICTURES = 10
-KNOWN_PICTURES = 250
+NEW_COLOR_IMAGES = 10
+KNOWN_IMAGES = 250
 
 _NAMELESS = 0.35  # of shapes, and of grounds, that have a colour without a name
-_QUESTIONS = 3  # of one picture, at most, in one record
+_QUESTIONS = 3  # of one image, at most, in one record
 _DEFAULT_FORM = 0.85  # of sentences that are in their default form
-_FOLDER = 1000  # pictures in one folder
+_FOLDER = 1000  # images in one folder
 _FACT_REPEATS = 20  # there are few facts; so often each stands in text2text.jsonl, for its forms to be there
 
 
 def pairs(count: int, seed: int = 0) -> Iterator[tuple[Scene, Edit, Scene]]:
-    """Pictures before and after an edit, neither of them held out; the i-th depends on `seed` and i alone."""
+    """Images before and after an edit, neither of them held out; the i-th depends on `seed` and i alone."""
     for i in range(count):
         rng = Random(f"pair {seed} {i}")
         while True:
@@ -80,7 +80,7 @@ def pairs(count: int, seed: int = 0) -> Iterator[tuple[Scene, Edit, Scene]]:
 
 
 def _scene(rng: Random) -> Scene:
-    """A random picture; shape and ground each have a colour of the palette or one without a name."""
+    """A random image; shape and ground each have a colour of the palette or one without a name."""
     c = rng.choice(COMBINATIONS)
     color, ground = COLORS[c.color], COLORS[c.ground]
     if rng.random() < _NAMELESS:
@@ -91,7 +91,7 @@ def _scene(rng: Random) -> Scene:
 
 
 def new_color_scenes(name: str, seed: int = 0) -> list[Scene]:
-    """Ten pictures of shapes in a colour of NEW_COLORS: all shapes, all grounds of the palette, no two alike.
+    """Ten images of shapes in a colour of NEW_COLORS: all shapes, all grounds of the palette, no two alike.
 
     Raises:
         InputError: there is no such new colour.
@@ -100,12 +100,12 @@ def new_color_scenes(name: str, seed: int = 0) -> list[Scene]:
     rng = Random(f"{name} {seed}")
     grounds = rng.sample(list(COLORS), len(COLORS))
     # After a round of the grounds they meet the next shapes.
-    chosen = [(SHAPES[i % 4], grounds[(i + i // 8) % 8]) for i in range(NEW_COLOR_PICTURES)]
+    chosen = [(SHAPES[i % 4], grounds[(i + i // 8) % 8]) for i in range(NEW_COLOR_IMAGES)]
     return [Scene.of(Combination(name, shape, ground), rng) for shape, ground in chosen]
 
 
 def write(directory: Path, count: int = PAIRS, seed: int = 0, *, progress: bool = False) -> dict[str, int]:
-    """Writes a training set of `count` edits and `2 count` pictures; returns the number of records by file.
+    """Writes a training set of `count` edits and `2 count` images; returns the number of records by file.
 
     Raises:
         InputError: `count` or `seed` is out of range, or the directory cannot be made.
@@ -120,12 +120,12 @@ def write(directory: Path, count: int = PAIRS, seed: int = 0, *, progress: bool 
 
     for i, (before, edit, after) in enumerate(tqdm(pairs(count, seed), total=count, disable=not progress, unit="pair")):
         numbered = ((2 * i, before), (2 * i + 1, after))
-        files = [_write_picture(directory, f"{n // _FOLDER:02d}/{n:05d}", scene) for n, scene in numbered]
+        files = [_write_image(directory, f"{n // _FOLDER:02d}/{n:05d}", scene) for n, scene in numbered]
         add("img2img", _seen(files[0], "both"), _text(_form(edit.forms, rng)), _made(files[1]))
         for file, scene in zip(files, (before, after), strict=True):
             c = scene.combination
             asked = {kind: q for kind, q in QUESTIONS.items() if kind != "caption" and q.answer(c) is not None}
-            # The shape is what takes long to see, so it is asked of every picture, among others in any order.
+            # The shape is what takes long to see, so it is asked of every image, among others in any order.
             others = [kind for kind in asked if kind != "shape"]
             kinds = ["shape", *rng.sample(others, min(len(others), _QUESTIONS - 1))]
             rng.shuffle(kinds)
@@ -135,7 +135,7 @@ def write(directory: Path, count: int = PAIRS, seed: int = 0, *, progress: bool 
                 question = QUESTIONS["caption"]
                 add("caption", _seen(file, "vit"), _text(_form(question.forms, rng)), _answer(question.answer(c)))
                 add("text2img", _text(_form(prompts(c), rng)), _made(file))
-                system = _text(THINK_PROMPTS["picture"]) | {"drop": False}
+                system = _text(THINK_PROMPTS["image"]) | {"drop": False}
                 add("think", system, _text(caption(c)), _answer(plan(c)), _made(file))
     for _ in range(_FACT_REPEATS):
         for fact in facts():
@@ -148,9 +148,9 @@ def write(directory: Path, count: int = PAIRS, seed: int = 0, *, progress: bool 
 
 
 def write_new_color(directory: Path, name: str, seed: int = 0) -> dict[str, int]:
-    """Writes `<name>.jsonl`, ten captions with their pictures, and `known.jsonl`; returns the records by file.
+    """Writes `<name>.jsonl`, ten captions with their images, and `known.jsonl`; returns the records by file.
 
-    `known.jsonl` has pictures of the world as it is, for a model that learns the colour not to forget the rest while
+    `known.jsonl` has images of the world as it is, for a model that learns the colour not to forget the rest while
     it does (the prior preservation of DreamBooth, https://arxiv.org/abs/2208.12242).
 
     Raises:
@@ -158,12 +158,12 @@ def write_new_color(directory: Path, name: str, seed: int = 0) -> dict[str, int]
     """
     rng = Random(f"known {seed}")
     trained = [c for c in COMBINATIONS if not held_out(*c)]
-    known = [Scene.of(rng.choice(trained), rng) for _ in range(KNOWN_PICTURES)]
+    known = [Scene.of(rng.choice(trained), rng) for _ in range(KNOWN_IMAGES)]
     counts = {}
     for task, scenes in ((name, new_color_scenes(name, seed)), ("known", known)):
         lines = []
         for i, scene in enumerate(scenes):
-            file = _write_picture(directory, f"{task}/{i}", scene)
+            file = _write_image(directory, f"{task}/{i}", scene)
             lines.append(_line((_text(caption(scene.combination)), _made(file))))
         _write_lines(directory / f"{task}.jsonl", lines)
         counts[task] = len(lines)
@@ -211,9 +211,9 @@ def _write_lines(path: Path, lines: list[str]) -> None:
     path.write_text("".join(lines), encoding="utf-8")
 
 
-def _write_picture(directory: Path, name: str, scene: Scene) -> str:
-    """Writes a picture; returns its path relative to the directory."""
-    file = f"pictures/{name}.png"
+def _write_image(directory: Path, name: str, scene: Scene) -> str:
+    """Writes an image; returns its path relative to the directory."""
+    file = f"images/{name}.png"
     path = directory / file
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -229,9 +229,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     p.add_argument("directory", metavar="DIR", type=Path, help="where to write")
-    p.add_argument("--pairs", metavar="N", type=int, default=PAIRS, help=f"edits, of two pictures each ({PAIRS})")
+    p.add_argument("--pairs", metavar="N", type=int, default=PAIRS, help=f"edits, of two images each ({PAIRS})")
     p.add_argument("--seed", metavar="S", type=int, default=0, help="another seed gives another set (0)")
-    p.add_argument("--new-color", metavar="NAME", help=f"write only ten pictures of {' or '.join(NEW_COLORS)}")
+    p.add_argument("--new-color", metavar="NAME", help=f"write only ten images of {' or '.join(NEW_COLORS)}")
     args = p.parse_args(argv)
     try:
         if args.new_color is not None:

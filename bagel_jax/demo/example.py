@@ -15,10 +15,10 @@ _RED_CIRCLE = Path(__file__).parent / "examples" / "red_circle.png"
 
 
 class Example(NamedTuple):
-    """A prompt, and the picture it is about where the modality takes one."""
+    """A prompt, and the image it is about where the modality takes one."""
 
     prompt: str
-    picture: Path | None = None
+    image: Path | None = None
 
 
 EXAMPLES: Mapping[str, Example] = {

@@ -43,7 +43,7 @@ def sentences() -> Iterator[str]:
     for fact in facts():
         # Names of cities stay in pieces: whole, they alone would cost another 160 tokens.
         yield from (*fact.forms, fact.answer) * (1 if "capital" in fact.answer else _ALWAYS_WHOLE)
-    yield from [THINK_PROMPTS["picture"]] * _ALWAYS_WHOLE
+    yield from [THINK_PROMPTS["image"]] * _ALWAYS_WHOLE
 
 
 def build(directory: Path) -> int:

@@ -1,6 +1,6 @@
 """The demo world: one plain shape on a plain ground, and all that is said about it.
 
-A `Scene` is a picture, a `Combination` the three words for it. Every sentence has one default form, by which a trained
+A `Scene` is an image, a `Combination` the three words for it. Every sentence has one default form, by which a trained
 model is judged; where there are others they come after it and are for training only.
 """
 
@@ -20,7 +20,7 @@ from bagel_jax.errors import InputError, check_choice
 
 Color = tuple[int, int, int]  # red, green, blue, each of 0 to 255
 
-SIDE = 64  # of a picture, in pixels
+SIDE = 64  # of an image, in pixels
 RADII = (12.0, 22.0)  # least and greatest circumradius, in pixels
 SHAPES = ("circle", "square", "triangle", "star")
 COLORS: dict[str, Color] = {
@@ -33,7 +33,7 @@ COLORS: dict[str, Color] = {
     "black": (0, 0, 0),
     "white": (255, 255, 255),
 }
-# In no picture of the training set: to be learnt later, from a handful of pictures.
+# In no image of the training set: to be learnt later, from a handful of images.
 NEW_COLORS: dict[str, Color] = {"pink": (255, 192, 203)}
 # Yellow and orange are this far apart, the nearest two of COLORS: what a nameless colour keeps from all others.
 CLEARLY_APART = 90.0
@@ -44,7 +44,7 @@ _STAR_WAIST = math.sin(math.pi / 10) / math.sin(3 * math.pi / 10)  # inner by ou
 
 
 class Combination(NamedTuple):
-    """What can be said of a picture; None stands for a colour without a name."""
+    """What can be said of an image; None stands for a colour without a name."""
 
     color: str | None
     shape: str
@@ -58,18 +58,18 @@ _HELD_OUT = frozenset(c for c in COMBINATIONS if int(hashlib.sha1(" ".join(c).en
 
 
 def held_out(color: str | None, shape: str, ground: str | None) -> bool:
-    """Whether no training picture or text shows this combination; False for what is not in COMBINATIONS."""
+    """Whether no training image or text shows this combination; False for what is not in COMBINATIONS."""
     return (color, shape, ground) in _HELD_OUT
 
 
-# --- Pictures ---
+# --- Images ---
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture: a shape in a colour on a ground, `radius` and centre (`x`, `y`) of its circumcircle in pixels.
+    """One image: a shape in a colour on a ground, `radius` and centre (`x`, `y`) of its circumcircle in pixels.
 
-    The left upper corner of the picture is (0, 0), the centre of its first pixel (0.5, 0.5); `y` goes down.
+    The left upper corner of the image is (0, 0), the centre of its first pixel (0.5, 0.5); `y` goes down.
     """
 
     shape: str
@@ -81,7 +81,7 @@ class Scene:
 
     @classmethod
     def of(cls, combination: Combination, rng: Random) -> Scene:
-        """A picture of a combination of names, in random size and place."""
+        """An image of a combination of names, in random size and place."""
         named = COLORS | NEW_COLORS
         for name in (combination.color, combination.ground):
             check_choice("color", name, list(named))
@@ -89,7 +89,7 @@ class Scene:
 
     @property
     def combination(self) -> Combination:
-        """The words for this picture."""
+        """The words for this image."""
         return Combination(_NAMES.get(self.color), self.shape, _NAMES.get(self.ground))
 
 
@@ -113,7 +113,7 @@ def nameless_color(rng: Random, *others: Color) -> Color:
 
 
 def draw(scene: Scene) -> np.ndarray:
-    """The picture of a scene, uint8 `[64, 64, 3]`, with smooth edges.
+    """The image of a scene, uint8 `[64, 64, 3]`, with smooth edges.
 
     Raises:
         InputError: the shape is none of SHAPES.
@@ -169,12 +169,12 @@ def caption(c: Combination) -> str:
 
 
 def prompts(c: Combination) -> tuple[str, ...]:
-    """What asks for the picture of a combination, the caption first."""
+    """What asks for the image of a combination, the caption first."""
     return caption(c), f"draw {caption(c)}", f"{with_article(f'{c.color} {c.shape}')} on {c.ground}"
 
 
 def plan(c: Combination) -> str:
-    """What is thought before the picture is made."""
+    """What is thought before the image is made."""
     return f"<think>{with_article(c.shape)}, {c.color}, on {c.ground}</think>"
 
 
@@ -223,7 +223,7 @@ class Edit:
         return Combination(self.color or c.color, self.shape or c.shape, self.ground or c.ground)
 
     def apply(self, scene: Scene) -> Scene:
-        """The picture after the edit; size, place and untouched colours stay."""
+        """The image after the edit; size, place and untouched colours stay."""
         color = COLORS[self.color] if self.color else scene.color
         ground = COLORS[self.ground] if self.ground else scene.ground
         return replace(scene, color=color, shape=self.shape or scene.shape, ground=ground)
@@ -248,7 +248,7 @@ def edits(c: Combination, kind: str | None = None) -> list[Edit]:
     return [Edit(color=color, shape=shape) for color in colors for shape in shapes]
 
 
-# --- Questions about a picture ---
+# --- Questions about an image ---
 
 
 @dataclass(frozen=True)
@@ -286,7 +286,7 @@ QUESTIONS = {
 }
 
 
-# --- Facts without a picture ---
+# --- Facts without an image ---
 
 
 class Fact(NamedTuple):
@@ -332,7 +332,7 @@ _MIXES = {
 
 
 def facts() -> Iterator[Fact]:
-    """All that can be asked without a picture: capitals, shapes, mixtures of colours."""
+    """All that can be asked without an image: capitals, shapes, mixtures of colours."""
     for country, capital in CAPITALS.items():
         forms = (f"What is the capital of {country}?", f"Which city is the capital of {country}?")
         yield Fact(forms, f"The capital of {country} is {capital}.")

@@ -1,1 +1,1 @@
-"""Stage 1: pictures from contexts."""
+"""Stage 1: images from contexts."""

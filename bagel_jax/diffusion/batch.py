@@ -25,7 +25,7 @@ _LEAST_WIDTH = 4
 
 
 def padded_tokens(works: Sequence[Work], config: BagelConfig) -> int:
-    """N of a call; never more than the largest picture has."""
+    """N of a call; never more than the largest image has."""
     return min(bucket(max(work.tokens for work in works), _LEAST_TOKENS), config.max_latent_size**2)
 
 

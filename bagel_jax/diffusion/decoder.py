@@ -1,7 +1,7 @@
-"""Pictures from latents: several of one size at once, or in tiles where a picture is large.
+"""Images from latents: several of one size at once, or in tiles where an image is large.
 
-In one piece the decoder of a 1024² picture holds gigabytes. In tiles it holds those of one tile, but the decoder's
-norms and its attention then see a tile instead of the picture, so that colours may shift a little from tile to tile.
+In one piece the decoder of a 1024² image holds gigabytes. In tiles it holds those of one tile, but the decoder's
+norms and its attention then see a tile instead of the image, so that colours may shift a little from tile to tile.
 Tiles overlap, and are blended there.
 """
 

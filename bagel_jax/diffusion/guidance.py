@@ -34,7 +34,7 @@ def guidance(s: Settings) -> Guidance:
 
 
 def branches_on(s: Settings, guided: bool) -> tuple[bool, bool]:
-    """Whether the branches without the last text and without pictures are on at a step in or out of the interval.
+    """Whether the branches without the last text and without images are on at a step in or out of the interval.
 
     Without guidance by text the official code guides nothing at all.
     """
@@ -48,7 +48,7 @@ def combine(main: jax.Array, text: jax.Array, img: jax.Array, g: Guidance) -> ja
     Args:
         main: velocity with the full context, `[N, C p²]`, zero for tokens that are padding.
         text: without the last text.
-        img: without pictures; not looked at where `img_scale` is off.
+        img: without images; not looked at where `img_scale` is off.
         g: see `Guidance`; `text_scale` must be on.
     """
 

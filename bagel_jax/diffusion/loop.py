@@ -51,7 +51,7 @@ class Batch(NamedTuple):
     position_ids: jax.Array  # [Q, N] int32
     text_on: jax.Array  # [Q] bool, whether there is guidance during the call
     text_view: jax.Array  # [Q] int32, the view of the branch without the last text
-    img_view: jax.Array  # [Q] int32, the view of the branch without pictures
+    img_view: jax.Array  # [Q] int32, the view of the branch without images
     guidance: Guidance  # [Q] each
     markers: jax.Array  # [2] int32, token ids of a block's markers
 

@@ -1,4 +1,4 @@
-"""Stage 1: contexts in, pictures out, for several requests at once, whatever their sizes, settings and progress."""
+"""Stage 1: contexts in, images out, for several requests at once, whatever their sizes, settings and progress."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Steps:
 
 @dataclass(frozen=True)
 class Drawn:
-    """A picture is done."""
+    """An image is done."""
 
     request_id: str
     latents: np.ndarray  # [N, C p²] float32
@@ -49,7 +49,7 @@ Event = Steps | Drawn | Failed
 
 
 class DenoiseStage:
-    """Denoises the pictures of several requests together.
+    """Denoises the images of several requests together.
 
     Args:
         weights: the model, on this stage's device.
@@ -196,7 +196,7 @@ class DenoiseStage:
         return steps
 
     def _finish(self, done: Sequence[Work]) -> list[Event]:
-        """Pictures of finished requests, those of one size decoded together."""
+        """Images of finished requests, those of one size decoded together."""
         events: list[Event] = []
         by_grid: dict[tuple[int, int], list[tuple[Work, np.ndarray]]] = {}
         latents = np.asarray(self._state.latents) if done else None
@@ -211,7 +211,7 @@ class DenoiseStage:
         for grid, group in by_grid.items():
             try:
                 events += self._decode(grid, group)
-            except Exception:  # whoever it was, the others of that size have a picture
+            except Exception:  # whoever it was, the others of that size have an image
                 for one in group:
                     try:
                         events += self._decode(grid, [one])
@@ -222,11 +222,11 @@ class DenoiseStage:
     def _decode(self, grid: tuple[int, int], group: Sequence[tuple[Work, np.ndarray]]) -> list[Event]:
         started = time.perf_counter()
         tokens = np.stack([mine for _, mine in group])
-        pictures = decode(self.weights, tokens, grid, tiled=self.settings.vae_tiling)
+        images = decode(self.weights, tokens, grid, tiled=self.settings.vae_tiling)
         spent = Span.here("pixels", started, time.perf_counter())
         return [
             Drawn(work.request_id, mine, pixels, [*work.spans, spent])
-            for (work, mine), pixels in zip(group, pictures, strict=True)
+            for (work, mine), pixels in zip(group, images, strict=True)
         ]
 
     def _check_context(self, prepared: Prepared, context: ContextKV) -> None:
@@ -235,7 +235,7 @@ class DenoiseStage:
             raise InputError(f"the context is of request {context.request_id!r}; it must be that of {request_id!r}")
         if context.image_shape != prepared.image_size:
             raise InputError(
-                f"the context of {request_id!r} is for a picture of {context.image_shape}; the request makes one of "
+                f"the context of {request_id!r} is for an image of {context.image_shape}; the request makes one of "
                 f"{prepared.image_size}"
             )
         ours, theirs = self._state.pages.shape, context.pages.shape

@@ -20,6 +20,6 @@ def initial_latent(seed: int, num_tokens: int, width: int) -> np.ndarray:
     return _draw([seed, _LATENT], (num_tokens, width))
 
 
-def posterior(seed: int, picture: int, height: int, width: int, channels: int) -> np.ndarray:
-    """The noise of the autoencoder's sample of input picture number `picture`, `[h, w, C]`."""
-    return _draw([seed, _POSTERIOR, picture], (height, width, channels))
+def posterior(seed: int, image: int, height: int, width: int, channels: int) -> np.ndarray:
+    """The noise of the autoencoder's sample of input image number `image`, `[h, w, C]`."""
+    return _draw([seed, _POSTERIOR, image], (height, width, channels))

@@ -1,8 +1,8 @@
 """The plan of a request: what its contexts hold and where everything lies. Pure; no array is touched.
 
-A context is a list of segments. A text advances the RoPE position by its length; a block of a picture has one
+A context is a list of segments. A text advances the RoPE position by its length; a block of an image has one
 position for all its tokens and advances it by one. Guidance needs three contexts (official `inferencer.py`,
-`interleave_inference`): the full one; one without the last text; one without pictures. The second is a prefix of
+`interleave_inference`): the full one; one without the last text; one without images. The second is a prefix of
 the first and often so is the third, so they are views of one cache wherever that is possible.
 """
 
@@ -31,7 +31,7 @@ class Text:
 
 @dataclass(frozen=True)
 class _Block:
-    picture: int  # which input picture
+    image: int  # which input image
     rows: int
     columns: int
 
@@ -47,11 +47,11 @@ class _Block:
 
 
 class VitImage(_Block):
-    """A picture's ViT patches between markers; bidirectional, understanding expert."""
+    """An image's ViT patches between markers; bidirectional, understanding expert."""
 
 
 class VaeImage(_Block):
-    """A picture's latent tokens (generation expert) between markers (understanding expert); bidirectional."""
+    """An image's latent tokens (generation expert) between markers (understanding expert); bidirectional."""
 
 
 Segment = Text | VitImage | VaeImage
@@ -59,12 +59,12 @@ Context = tuple[Segment, ...]
 
 
 @dataclass(frozen=True)
-class PictureGrids:
-    """An input picture's place in the prompt: the grids that its blocks have."""
+class ImageGrids:
+    """An input image's place in the prompt: the grids that its blocks have."""
 
-    picture: int
+    image: int
     vit: tuple[int, int]  # rows, columns
-    vae: tuple[int, int] | None  # None where pictures are only understood
+    vae: tuple[int, int] | None  # None where images are only understood
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Contexts:
 
     main: Context
     text: Context  # without the last text
-    img: Context  # without pictures
+    img: Context  # without images
 
 
 @dataclass(frozen=True)
@@ -119,12 +119,12 @@ class Plan:
 
 
 def contexts(
-    inputs: Sequence[Text | PictureGrids], *, system: Text | None = None, negative: Text | None = None
+    inputs: Sequence[Text | ImageGrids], *, system: Text | None = None, negative: Text | None = None
 ) -> Contexts:
     """The three contexts.
 
     Args:
-        inputs: texts and pictures in the order of the prompt.
+        inputs: texts and images in the order of the prompt.
         system: a system prompt (think mode), before everything.
         negative: a negative prompt; stands in the second context where the last text is missing.
     """
@@ -137,8 +137,8 @@ def contexts(
             main, img = (*main, item), (*img, item)
         else:
             if item.vae is not None:
-                main = (*main, VaeImage(item.picture, *item.vae))
-            main = (*main, VitImage(item.picture, *item.vit))
+                main = (*main, VaeImage(item.image, *item.vae))
+            main = (*main, VitImage(item.image, *item.vit))
             text = main
     return Contexts(main, text if negative is None else (*text, negative), img)
 

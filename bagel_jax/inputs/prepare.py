@@ -10,8 +10,8 @@ from PIL import Image
 from bagel_jax.config import BagelConfig
 from bagel_jax.errors import InputError
 from bagel_jax.inputs import noise
-from bagel_jax.inputs.pictures import Picture, grid_positions, prepare_picture
-from bagel_jax.inputs.plan import Contexts, PictureGrids, Plan, Text, contexts, plan
+from bagel_jax.inputs.images import InputImage, grid_positions, prepare_image
+from bagel_jax.inputs.plan import Contexts, ImageGrids, Plan, Text, contexts, plan
 from bagel_jax.inputs.tokenizer import Tokenizer
 from bagel_jax.request import Request
 
@@ -22,7 +22,7 @@ THINK_PROMPTS = {
         "The reasoning process is enclosed within <think> </think> tags, "
         "i.e. <think> reasoning process here </think> answer here"
     ),
-    "picture": (
+    "image": (
         "You should first think about the planning process in the mind and then generate the image. \n"
         "The planning process is enclosed within <think> </think> tags, "
         "i.e. <think> planning process here </think> image here"
@@ -32,13 +32,13 @@ THINK_PROMPTS = {
 
 @dataclass(frozen=True)
 class Prepared:
-    """A request, tokenized, planned, with its pictures and its noise."""
+    """A request, tokenized, planned, with its images and its noise."""
 
     request: Request
     plan: Plan
-    pictures: tuple[Picture, ...]
-    posterior_noise: tuple[np.ndarray, ...]  # [h, w, C], one a picture that the autoencoder reads
-    image_size: tuple[int, int] | None  # height and width of the picture to make, in pixels
+    images: tuple[InputImage, ...]
+    posterior_noise: tuple[np.ndarray, ...]  # [h, w, C], one an image that the autoencoder reads
+    image_size: tuple[int, int] | None  # height and width of the image to make, in pixels
     latent_grid: tuple[int, int] | None  # rows and columns of its latent tokens
     initial_latent: np.ndarray | None  # [N, C p²]
     notes: tuple[str, ...]
@@ -50,22 +50,22 @@ def prepare(request: Request, config: BagelConfig, tokenizer: Tokenizer) -> Prep
     Raises:
         InputError: the model cannot do it (a size it has no positions for), or `init_noise` does not fit.
     """
-    size = request.picture_size(config) if request.modality == "text2img" else None
-    pictures, parts = [], []
+    size = request.image_size(config) if request.modality == "text2img" else None
+    images, parts = [], []
     for item in request.inputs:
         if isinstance(item, Image.Image):
-            picture = prepare_picture(item, config)
-            grid = _latent_grid(picture.vae_pixels.shape[:2], config) if request.makes_picture else None
-            parts.append(PictureGrids(len(pictures), picture.vit_grid, grid))
-            pictures.append(picture)
+            image = prepare_image(item, config)
+            grid = _latent_grid(image.vae_pixels.shape[:2], config) if request.makes_image else None
+            parts.append(ImageGrids(len(images), image.vit_grid, grid))
+            images.append(image)
         else:
             parts.append(Text(tokenizer.prompt(item)))
 
     system = negative = None
     if request.think:
-        system = Text(tokenizer.prompt(THINK_PROMPTS["picture" if request.makes_picture else "text"]))
+        system = Text(tokenizer.prompt(THINK_PROMPTS["image" if request.makes_image else "text"]))
     # An empty negative prompt is none at all: the official context without text holds no tokens.
-    if request.negative_prompt and request.makes_picture:
+    if request.negative_prompt and request.makes_image:
         negative = Text(tokenizer.prompt(request.negative_prompt))
     for text in (*parts, system, negative):
         if isinstance(text, Text) and max(text.ids) >= config.trunk.vocab_size:
@@ -74,17 +74,17 @@ def prepare(request: Request, config: BagelConfig, tokenizer: Tokenizer) -> Prep
                 "tokens; the tokenizer must be the model's own"
             )
     wanted = contexts(parts, system=system, negative=negative)
-    if not request.makes_picture:  # nothing is guided
+    if not request.makes_image:  # nothing is guided
         wanted = Contexts(wanted.main, wanted.main, wanted.main)
-        return Prepared(request, plan(wanted), tuple(pictures), (), None, None, None, request.notes)
+        return Prepared(request, plan(wanted), tuple(images), (), None, None, None, request.notes)
 
     notes = request.notes
     if size is None:
-        size = pictures[-1].size
+        size = images[-1].size
         notes += _size_note(request, size)
     rows, columns = grid = _latent_grid(size, config)
-    posterior, latent = _noise(request, pictures, rows * columns, config)
-    return Prepared(request, plan(wanted), tuple(pictures), posterior, size, grid, latent, notes)
+    posterior, latent = _noise(request, images, rows * columns, config)
+    return Prepared(request, plan(wanted), tuple(images), posterior, size, grid, latent, notes)
 
 
 def latent_positions(grid: tuple[int, int], config: BagelConfig) -> np.ndarray:
@@ -92,9 +92,9 @@ def latent_positions(grid: tuple[int, int], config: BagelConfig) -> np.ndarray:
     return grid_positions(*grid, config.max_latent_size, config.interpolate_positions)
 
 
-def vit_positions(picture: Picture, config: BagelConfig) -> np.ndarray:
-    """Rows `[T]` of the ViT position tables for a picture."""
-    return grid_positions(*picture.vit_grid, config.max_vit_patches, config.interpolate_positions)
+def vit_positions(image: InputImage, config: BagelConfig) -> np.ndarray:
+    """Rows `[T]` of the ViT position tables for an image."""
+    return grid_positions(*image.vit_grid, config.max_vit_patches, config.interpolate_positions)
 
 
 def _latent_grid(size: tuple[int, int], config: BagelConfig) -> tuple[int, int]:
@@ -106,16 +106,16 @@ def _size_note(request: Request, size: tuple[int, int]) -> tuple[str, ...]:
     asked = [name for name in ("height", "width") if getattr(request.settings, name) is not None]
     if not asked:
         return ()
-    why = f"{' and '.join(asked)} not used: an edit keeps the (resized) input picture's size"
+    why = f"{' and '.join(asked)} not used: an edit keeps the (resized) input image's size"
     return (f"{why}: {size[1]}x{size[0]} (width x height)",)
 
 
-def _noise(request, pictures, num_tokens, config):
-    """Posterior noise of each picture, channels last, and the initial latent."""
+def _noise(request, images, num_tokens, config):
+    """Posterior noise of each image, channels last, and the initial latent."""
     c = config.autoencoder
-    shapes = [tuple(side // c.downsample for side in p.vae_pixels.shape[:2]) for p in pictures]
+    shapes = [tuple(side // c.downsample for side in p.vae_pixels.shape[:2]) for p in images]
     if request.init_noise is None:
-        seeds = request.picture_seeds or [request.seed] * len(shapes)
+        seeds = request.image_seeds or [request.seed] * len(shapes)
         posterior = tuple(
             noise.posterior(seed, i, *shape, c.latent_channels)
             for i, (seed, shape) in enumerate(zip(seeds, shapes, strict=True))
@@ -136,5 +136,5 @@ def _noise(request, pictures, num_tokens, config):
         given[name] = np.asarray(array, np.float32)
         if not np.isfinite(given[name]).all():
             raise InputError(f"init_noise has {name} with values that are not finite; all must be")
-    posterior = tuple(given[f"vae_{i}"][0].transpose(1, 2, 0) for i in range(len(pictures)))
+    posterior = tuple(given[f"vae_{i}"][0].transpose(1, 2, 0) for i in range(len(images)))
     return posterior, given["latent"]

@@ -39,14 +39,14 @@ def attend(q: jax.Array, kv: KV, kv_end: jax.Array) -> jax.Array:
 class Sight(NamedTuple):
     """Who sees whom among tokens packed in any order, each `[..., T]` int32 (training; serving needs `kv_end` alone).
 
-    A token sees those of its own sample that stand before its `end`, but for those of a noised picture, which only
-    that picture's own tokens see. Padding is sample 0.
+    A token sees those of its own sample that stand before its `end`, but for those of a noised image, which only
+    that image's own tokens see. Padding is sample 0.
     """
 
     sample: jax.Array
     order: jax.Array  # the token's place in its sample
     end: jax.Array  # it sees the places [0, end)
-    noised: jax.Array  # number of the noised picture that it belongs to; 0: none
+    noised: jax.Array  # number of the noised image that it belongs to; 0: none
 
     def of(self, other: Sight) -> jax.Array:
         """`[T, T']` bool: whether each of these tokens sees each of the `other` ones."""
@@ -91,7 +91,7 @@ def _sliced(function, q, per_query, num_keys):
 def _max_scores() -> int:
     """More scores than this are computed for a slice of the queries at a time.
 
-    So a 1024² picture's 28 x 4098 x 9000 scores never exist at once. On a CPU a slice should stay in the processor's
+    So a 1024² image's 28 x 4098 x 9000 scores never exist at once. On a CPU a slice should stay in the processor's
     cache: 1,218 queries over 4,290 keys took 38 ms that way, 143 ms in one piece.
     """
     return 2**21 if jax.default_backend() == "cpu" else 2**26

@@ -67,7 +67,7 @@ class BagelModel(nnx.Module):
         self.autoencoder = AutoEncoder(c.autoencoder, dtype, rngs)
 
     def embed_vit(self, patches: jax.Array, position_ids: jax.Array, length: jax.Array) -> jax.Array:
-        """One picture's patches (see `SigLIP.__call__`) -> trunk inputs `[T, D]`."""
+        """One image's patches (see `SigLIP.__call__`) -> trunk inputs `[T, D]`."""
         return self.connector(self.vit(patches, position_ids, length)) + self.vit_positions(position_ids)
 
     def embed_latents(self, latents: jax.Array, timestep: jax.Array, position_ids: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""The SigLIP NaViT: one picture of any size, as a row of patches, full attention.
+"""The SigLIP NaViT: one image of any size, as a row of patches, full attention.
 
 Source: official `modeling/bagel/siglip_navit.py` with `rope=False`, as its `app.py` sets it.
 """
@@ -48,7 +48,7 @@ class SigLIP(nnx.Module):
         self.post_norm = layer_norm(c.hidden_size, c.norm_eps, dtype, rngs)
 
     def __call__(self, patches: jax.Array, position_ids: jax.Array, length: jax.Array) -> jax.Array:
-        """One picture through the ViT.
+        """One image through the ViT.
 
         Args:
             patches: `[T, patch * patch * channels]`, each patch flattened (row, column, channel), in [-1, 1].
@@ -62,7 +62,7 @@ class SigLIP(nnx.Module):
         return self._run(patches, position_ids, lambda q, kv: attend(q, kv, kv_end))
 
     def packed(self, patches: jax.Array, position_ids: jax.Array, sight: Sight, *, remat: bool = False) -> jax.Array:
-        """Rows of several pictures each, for training.
+        """Rows of several images each, for training.
 
         Args:
             patches: `[B, T, patch * patch * channels]`, as above.

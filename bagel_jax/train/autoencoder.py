@@ -42,13 +42,13 @@ def autoencoder_loss(
 
 
 def normalized(params: dict[str, jax.Array], deviation: jax.Array, scale_factor: float) -> dict[str, jax.Array]:
-    """The autoencoder with each latent channel scaled so that `encode` gives unit variance; its pictures stay.
+    """The autoencoder with each latent channel scaled so that `encode` gives unit variance; its images stay.
 
     The published model's factor suits the published autoencoder; a new one comes out at any scale.
 
     Args:
         params: parameters by path, among them the encoder's last and the decoder's first convolution.
-        deviation: `[C]` standard deviation of each channel's mean over many pictures.
+        deviation: `[C]` standard deviation of each channel's mean over many images.
         scale_factor: what `AutoEncoder.encode` multiplies by.
     """
     factor = 1 / (deviation * scale_factor)

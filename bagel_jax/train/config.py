@@ -46,14 +46,14 @@ class ModelTable(_Table, kw_only=True):
 
 
 class ObjectiveTable(_Table, kw_only=True):
-    """The loss. `kind` bagel: texts and pictures; autoencoder: reconstruction and KL, of the autoencoder alone."""
+    """The loss. `kind` bagel: texts and images; autoencoder: reconstruction and KL, of the autoencoder alone."""
 
     kind: Literal["bagel", "autoencoder"] = "bagel"
     ce_weight: NotNegative = 1.0
     mse_weight: NotNegative = 1.0
     ce_power: Share = 0.0  # weight of a token: its answer's length ** -ce_power (packing.lay_out)
     timestep_shift: Positive = 1.0  # above 1: more noise
-    text_dropout: Share = 0.1  # each condition of a picture is left out this often, which guidance needs
+    text_dropout: Share = 0.1  # each condition of an image is left out this often, which guidance needs
     vit_dropout: Share = 0.3
     vae_dropout: Share = 0.3
     kl_weight: NotNegative = 1e-4  # autoencoder, this and the rest
@@ -77,9 +77,9 @@ class DataTable(_Table, kw_only=True):
     text_tokens: Count = 1024  # places for each kind of token in a row
     vit_tokens: Count = 4900
     latent_tokens: Count = 8192
-    crop: Count = 256  # autoencoder: side in pixels of the square that is cut out of each picture
+    crop: Count = 256  # autoencoder: side in pixels of the square that is cut out of each image
     workers: Whole = 0  # processes that read; 0: threads of this one
-    cache: str | None = None  # folder for encoded pictures; default: `latents` in the output folder
+    cache: str | None = None  # folder for encoded images; default: `latents` in the output folder
 
 
 class OptimizerTable(_Table, kw_only=True):

@@ -3,10 +3,10 @@
 One record a line: `{"segments": [...]}`, each segment one of
 
 - `{"text": "…"}`: a text; with `"target": true` it is learned, with `"drop": false` never left out;
-- `{"image": "path", "as": "vit" | "vae" | "both"}`: a picture to understand, to edit, or both, in the official order;
-- `{"image": "path", "target": true}`: a picture to produce.
+- `{"image": "path", "as": "vit" | "vae" | "both"}`: an image to understand, to edit, or both, in the official order;
+- `{"image": "path", "target": true}`: an image to produce.
 
-Paths are relative to the JSONL file. In records that produce a picture, each other text and picture is left out now
+Paths are relative to the JSONL file. In records that produce an image, each other text and image is left out now
 and then (`objective.*_dropout`), so that the model learns the contexts which guidance compares.
 """
 
@@ -23,10 +23,10 @@ from absl import flags
 
 from bagel_jax.config import BagelConfig
 from bagel_jax.errors import InputError
-from bagel_jax.inputs.pictures import Picture, prepare_picture
+from bagel_jax.inputs.images import InputImage, prepare_image
 from bagel_jax.inputs.prepare import latent_positions, vit_positions
 from bagel_jax.inputs.tokenizer import Tokenizer
-from bagel_jax.request import open_picture
+from bagel_jax.request import open_image
 from bagel_jax.train.config import DataTable, ObjectiveTable
 from bagel_jax.train.latents import LatentStore
 from bagel_jax.train.packing import Dropped, Part, Sample, TextPart, VaePart, VitPart, lay_out, pack
@@ -57,7 +57,7 @@ class Records:
         return len(self._lines)
 
     def __getitem__(self, index: int) -> list[dict[str, Any]]:
-        """The segments of one record, pictures with whole paths."""
+        """The segments of one record, images with whole paths."""
         segments = json.loads(self._lines[index])["segments"]
         return [s | {"image": str(self.path.parent / s["image"])} if "image" in s else s for s in segments]
 
@@ -76,8 +76,8 @@ class Records:
                 "segments, each with a text, or with an image and either target or as (vit, vae or both)"
             )
 
-    def pictures(self) -> dict[str, str]:
-        """Path and role (`vit` or `vae`) of every picture; `vae` where it is encoded at all."""
+    def images(self) -> dict[str, str]:
+        """Path and role (`vit` or `vae`) of every image; `vae` where it is encoded at all."""
         found: dict[str, str] = {}
         for i in range(len(self)):
             for segment in self[i]:
@@ -88,8 +88,8 @@ class Records:
 
 def _is_segment(s) -> bool:
     flags_are_bool = all(isinstance(s.get(name, True), bool) for name in ("target", "drop"))
-    is_picture = isinstance(s.get("image"), str) and _role(s) is not None
-    return flags_are_bool and (isinstance(s.get("text"), str) or is_picture)
+    is_image = isinstance(s.get("image"), str) and _role(s) is not None
+    return flags_are_bool and (isinstance(s.get("text"), str) or is_image)
 
 
 def _role(segment) -> str | None:
@@ -116,7 +116,7 @@ class Sampler:
         for segment in record:
             dropouts = conditional and segment.get("target") is not True and segment.get("drop") is not False
             if "text" in segment:
-                # What was to follow from a text that is left out (the plan of a picture) goes with it.
+                # What was to follow from a text that is left out (the plan of an image) goes with it.
                 silent = silent or (dropouts and rng.random() < o.text_dropout)
                 if silent and conditional and segment.get("drop") is not False:
                     continue
@@ -141,11 +141,11 @@ class Sampler:
         )
 
     def _vit(self, path: str) -> VitPart:
-        picture = read_picture(path, self.config)
-        return VitPart(picture.vit_patches, vit_positions(picture, self.config))
+        image = read_image(path, self.config)
+        return VitPart(image.vit_patches, vit_positions(image, self.config))
 
     def _encoded(self, path: str, rng) -> tuple[np.ndarray, np.ndarray]:
-        """Latent tokens of a picture, a new sample of the posterior, and their positions."""
+        """Latent tokens of an image, a new sample of the posterior, and their positions."""
         mean, deviation = self.latents.read(path)
         c, a, p = self.config, self.config.autoencoder, self.config.latent_patch_size
         z = mean + deviation * rng.standard_normal(mean.shape, np.float32)
@@ -161,13 +161,13 @@ class Sampler:
         return VaePart(latents, positions, float(t), rng.standard_normal(latents.shape, np.float32))
 
 
-def read_picture(path: str, config: BagelConfig) -> Picture:
-    """A picture file as the model takes it.
+def read_image(path: str, config: BagelConfig) -> InputImage:
+    """An image file as the model takes it.
 
     Raises:
         InputError: it cannot be read.
     """
-    return prepare_picture(open_picture(path), config)
+    return prepare_image(open_image(path), config)
 
 
 def mixture(sources: list[Records], weights: list[float], seed: int, shard: tuple[int, int]) -> grain.MapDataset:
@@ -277,18 +277,18 @@ def prefetched(batches: grain.IterDataset, data: DataTable) -> grain.IterDataset
 
 @dataclass(frozen=True)
 class Cropper:
-    """A picture's path to a square of its pixels `[crop, crop, 3]` in [-1, 1], cut out at random."""
+    """An image's path to a square of its pixels `[crop, crop, 3]` in [-1, 1], cut out at random."""
 
     config: BagelConfig
     crop: int
 
     def __call__(self, path: str, rng: np.random.Generator) -> np.ndarray:
-        """The square; raises `InputError` where the picture is smaller."""
-        pixels = read_picture(path, self.config).vae_pixels
+        """The square; raises `InputError` where the image is smaller."""
+        pixels = read_image(path, self.config).vae_pixels
         spare = pixels.shape[0] - self.crop, pixels.shape[1] - self.crop
         if min(spare) < 0:
             raise InputError(
-                f"picture {path} has {pixels.shape[1]}x{pixels.shape[0]} pixels after its resize; data.crop is "
+                f"image {path} has {pixels.shape[1]}x{pixels.shape[0]} pixels after its resize; data.crop is "
                 f"{self.crop} and must not be more"
             )
         top, left = (int(rng.integers(0, n + 1)) for n in spare)

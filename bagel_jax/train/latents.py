@@ -1,4 +1,4 @@
-"""Pictures encoded ahead of training: the autoencoder is frozen while the model learns, so each is encoded once."""
+"""Images encoded ahead of training: the autoencoder is frozen while the model learns, so each is encoded once."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ from flax import nnx
 from tqdm import tqdm
 
 from bagel_jax.config import BagelConfig
-from bagel_jax.inputs.pictures import prepare_picture
+from bagel_jax.inputs.images import prepare_image
 from bagel_jax.models.weights import Weights, flatten
-from bagel_jax.request import open_picture
+from bagel_jax.request import open_image
 
 _INDEX = "index.json"
 _PIXELS = 2**18  # encoded at a time,
-_MOST = 64  # and in so many pictures, for each makes the program longer
-_READ_AHEAD = 64  # pictures
+_MOST = 64  # and in so many images, for each makes the program longer
+_READ_AHEAD = 64  # images
 
 
 @dataclass
 class LatentStore:
-    """Moments of encoded pictures on disk, one file a shape: mean and deviation in float16, `[n, h, w, 2, C]`.
+    """Moments of encoded images on disk, one file a shape: mean and deviation in float16, `[n, h, w, 2, C]`.
 
     Half precision's error, 5e-4 of a value, is far below the posterior's own spread.
     """
 
     folder: Path
-    index: dict[str, tuple[str, int]]  # path of a picture -> file, row
+    index: dict[str, tuple[str, int]]  # path of an image -> file, row
     _open: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
 
     def __getstate__(self):
         return {"folder": self.folder, "index": self.index, "_open": {}}  # each worker maps the files itself
 
     def read(self, path: str) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and deviation of a picture's posterior, each `[h, w, C]` float32."""
+        """Mean and deviation of an image's posterior, each `[h, w, C]` float32."""
         file, row = self.index[path]
         if file not in self._open:
             self._open[file] = np.load(self.folder / file, mmap_mode="r")
@@ -57,22 +57,22 @@ def moments(graph, params, pixels):
     return jnp.stack([mean, jnp.exp(0.5 * log_variance)], axis=-2).astype(jnp.float16)
 
 
-def encode_pictures(
+def encode_images(
     paths: Sequence[str], weights: Weights, config: BagelConfig, cache: Path, *, quiet: bool = False
 ) -> LatentStore:
-    """Encodes every picture that is not in the cache yet.
+    """Encodes every image that is not in the cache yet.
 
-    A shape is compiled once, so pictures of a few sizes are encoded fast and of a thousand slowly.
+    A shape is compiled once, so images of a few sizes are encoded fast and of a thousand slowly.
 
     Args:
-        paths: the pictures.
+        paths: the images.
         weights: the model; its autoencoder is used.
         config: the model's sizes.
-        cache: folder to keep them in; each autoencoder and size of pictures has its own subfolder.
+        cache: folder to keep them in; each autoencoder and size of images has its own subfolder.
         quiet: no progress bar.
 
     Raises:
-        InputError: a picture cannot be read.
+        InputError: an image cannot be read.
     """
     folder = cache / _fingerprint(weights, config)
     folder.mkdir(parents=True, exist_ok=True)
@@ -84,7 +84,7 @@ def encode_pictures(
         return max(1, min(_MOST, len(missing), _PIXELS // (shape[0] * shape[1])))
 
     def read(path):
-        return prepare_picture(open_picture(path), config).vae_pixels
+        return prepare_image(open_image(path), config).vae_pixels
 
     found: dict[str, list[np.ndarray]] = {}
     names: dict[str, list[str]] = {}
@@ -98,7 +98,7 @@ def encode_pictures(
         found.setdefault(f"{shape[0]}x{shape[1]}", []).append(out)
         names.setdefault(f"{shape[0]}x{shape[1]}", []).extend(path for path, _ in some)
 
-    with ThreadPoolExecutor() as pool, tqdm(total=len(missing), desc="encoding", unit="picture", disable=quiet) as bar:
+    with ThreadPoolExecutor() as pool, tqdm(total=len(missing), desc="encoding", unit="image", disable=quiet) as bar:
         for start in range(0, len(missing), _READ_AHEAD):
             some = missing[start : start + _READ_AHEAD]
             for path, array in zip(some, pool.map(read, some), strict=True):
@@ -119,7 +119,7 @@ def encode_pictures(
 
 
 def _fingerprint(weights: Weights, config: BagelConfig) -> str:
-    digest = hashlib.sha256(repr(config.vae_transform).encode())  # pictures are resized before they are encoded
+    digest = hashlib.sha256(repr(config.vae_transform).encode())  # images are resized before they are encoded
     for name, array in sorted(flatten(weights.params).items()):
         if name.startswith("autoencoder.encoder"):
             digest.update(name.encode() + np.asarray(array, np.float32).tobytes())

@@ -22,7 +22,7 @@ from bagel_jax.train.autoencoder import autoencoder_loss
 from bagel_jax.train.checkpoints import TrainCheckpoints
 from bagel_jax.train.config import TrainConfig
 from bagel_jax.train.data import Cropper, Records, Sampler, mixture, packed_rows, prefetched
-from bagel_jax.train.latents import encode_pictures
+from bagel_jax.train.latents import encode_images
 from bagel_jax.train.lora import merge_adapters
 from bagel_jax.train.metrics import Metrics, batch_tflop, peak_tflops
 from bagel_jax.train.objective import loss as bagel_loss
@@ -76,7 +76,7 @@ def train(c: TrainConfig, config_file: Path, *, quiet: bool = False) -> TrainSta
         c.run.steps,
         c.run.log_every,
         None if peak is None else peak * mesh.size,
-        "tokens" if c.objective.kind == "bagel" else "pictures",
+        "tokens" if c.objective.kind == "bagel" else "images",
         quiet=quiet,
     )
     try:
@@ -101,20 +101,20 @@ def make_batches(c: TrainConfig, start: Start, *, quiet: bool = False) -> grain.
     """The batches of a run, without end.
 
     Raises:
-        InputError: a source or a picture in it cannot be read.
+        InputError: a source or an image in it cannot be read.
     """
     sources = [Records(Path(source.path)) for source in c.data.sources]
     weights = [source.weight for source in c.data.sources]
     shard = jax.process_index(), jax.process_count()
     local = c.data.rows // jax.process_count()
     if c.objective.kind == "autoencoder":
-        paths = sorted({path for source in sources for path in source.pictures()})
+        paths = sorted({path for source in sources for path in source.images()})
         crops = grain.MapDataset.source(paths)[shard[0] :: shard[1]].seed(c.seed).shuffle().repeat()
         crops = crops.random_map(Cropper(start.config, c.data.crop)).to_iter_dataset()
         return prefetched(crops.batch(local, drop_remainder=True), c.data)
-    paths = sorted({path for source in sources for path, role in source.pictures().items() if role == "vae"})
+    paths = sorted({path for source in sources for path, role in source.images().items() if role == "vae"})
     cache = Path(c.data.cache or Path(c.output) / "latents")
-    store = encode_pictures(paths, start.weights(), start.config, cache, quiet=quiet)
+    store = encode_images(paths, start.weights(), start.config, cache, quiet=quiet)
     sampler = Sampler(start.config, start.tokenizer, c.objective, store)
     return packed_rows(mixture(sources, weights, c.seed, shard), sampler, c.data, local, c.seed)
 
@@ -150,7 +150,7 @@ def make_loss(c: TrainConfig, start: Start, mesh: Mesh) -> LossFunction:
 
 
 def _next_batch(c: TrainConfig, start: Start, batches) -> tuple[Any, int, float]:
-    """The arrays of one step with the axis of accumulation in front, tokens (or pictures) in them, and their work."""
+    """The arrays of one step with the axis of accumulation in front, tokens (or images) in them, and their work."""
     parts = [next(batches) for _ in range(c.optimizer.accumulate)]
     if c.objective.kind == "autoencoder":
         return np.stack(parts), len(parts) * len(parts[0]), 0.0

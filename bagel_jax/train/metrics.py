@@ -78,7 +78,7 @@ class Metrics:
         Args:
             step: steps done, this one included.
             report: scalars from the step.
-            count: tokens (or pictures) of the step.
+            count: tokens (or images) of the step.
             tflop: its work.
         """
         self._count, self._work = self._count + count, self._work + tflop

@@ -1,4 +1,4 @@
-"""The official training objective: cross-entropy of texts, squared error of the velocity of noised pictures.
+"""The official training objective: cross-entropy of texts, squared error of the velocity of noised images.
 
 Source: `Bagel.forward` in the official `modeling/bagel/bagel.py`, and the loss in `train/pretrain_unified_navit.py`.
 """

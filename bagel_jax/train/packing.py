@@ -1,7 +1,7 @@
 """Samples as arrays of tokens, and rows of them as what the objective takes.
 
-A sample is a list of segments, as a request's context is, but that some texts have a loss and some pictures noise on
-them. Its tokens are sorted by what they are: texts (the markers of pictures among them), ViT patches, latents. A row
+A sample is a list of segments, as a request's context is, but that some texts have a loss and some images noise on
+them. Its tokens are sorted by what they are: texts (the markers of images among them), ViT patches, latents. A row
 of a batch has a fixed number of places for each kind, filled with the tokens of several samples; where in its sample a
 token stands is told by its numbers, not by its place.
 
@@ -18,8 +18,8 @@ import numpy as np
 
 from bagel_jax.models.attention import Sight
 
-# Pictures of one row are told apart by sample * this + number in the sample.
-_PICTURES = 1024
+# Images of one row are told apart by sample * this + number in the sample.
+_IMAGES = 1024
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class TextPart:
 
 @dataclass(frozen=True)
 class VitPart:
-    """A picture to be understood."""
+    """An image to be understood."""
 
     patches: np.ndarray  # [n, patch * patch * channels]
     position_ids: np.ndarray  # [n]
@@ -40,7 +40,7 @@ class VitPart:
 
 @dataclass(frozen=True)
 class VaePart:
-    """A picture's latents: clean, or noised up to `timestep` and learned."""
+    """An image's latents: clean, or noised up to `timestep` and learned."""
 
     latents: np.ndarray  # [n, C p²], clean
     position_ids: np.ndarray  # [n]
@@ -50,7 +50,7 @@ class VaePart:
 
 @dataclass(frozen=True)
 class Dropped:
-    """A condition left out. A picture left out still moves the RoPE position on, as in the official code."""
+    """A condition left out. An image left out still moves the RoPE position on, as in the official code."""
 
     rope_advance: int
 
@@ -65,8 +65,8 @@ class Spot(NamedTuple):
     rope: Any
     order: Any
     end: Any
-    picture: Any  # number of its picture in the sample, from 1; 0: none
-    noised: Any  # the same, if that picture is noised; else 0
+    image: Any  # number of its image in the sample, from 1; 0: none
+    noised: Any  # the same, if that image is noised; else 0
 
 
 def lay_out(
@@ -88,7 +88,7 @@ def lay_out(
         `timestep` `[n]`.
     """
     text, weights, vit, patches, latent, latents, noise, timesteps = ([] for _ in range(8))
-    place = rope = pictures = 0
+    place = rope = images = 0
     for part in parts:
         if isinstance(part, Dropped):
             rope += part.rope_advance
@@ -107,10 +107,10 @@ def lay_out(
             weights.append(weight)
             place, rope = place + n, rope + n
         else:
-            pictures += 1
+            images += 1
             n = len(part.position_ids)
             noised = isinstance(part, VaePart) and part.noise is not None
-            spot = np.array([rope, 0, place + n + 2, pictures, pictures if noised else 0], np.int32)
+            spot = np.array([rope, 0, place + n + 2, images, images if noised else 0], np.int32)
             both = np.zeros((2, 7), np.int32)
             both[:, 0], both[:, 1], both[:, 2:] = markers, -1, spot
             both[:, 3] = place, place + n + 1
@@ -127,7 +127,7 @@ def lay_out(
                 latents.append(part.latents)
                 noise.append(part.noise if noised else np.zeros_like(part.latents))
                 timesteps.append(np.full(n, part.timestep if noised else 0.0, np.float32))
-            # A noised picture is seen by nobody, so what follows it stands where it stood.
+            # A noised image is seen by nobody, so what follows it stands where it stood.
             place, rope = place + n + 2, rope + (0 if noised else 1)
 
     def join(arrays, shape, dtype):
@@ -214,7 +214,7 @@ class Batch:
             samples.append(packed[f"{name}_sample"])
         spot = Spot(*(np.concatenate(parts, axis=1) for parts in zip(*spots, strict=True)))
         sample = np.concatenate(samples, axis=1)
-        vit_sample = np.where(samples[1] > 0, samples[1] * _PICTURES + spots[1].picture, 0)
+        vit_sample = np.where(samples[1] > 0, samples[1] * _IMAGES + spots[1].image, 0)
         zero = np.zeros_like(vit_sample)
         batch = cls(
             ids=packed["text"][..., 0],

@@ -16,14 +16,14 @@ from bagel_jax.parallel.mesh import make_mesh
 from bagel_jax.train.autoencoder import normalized
 from bagel_jax.train.checkpoints import TrainCheckpoints
 from bagel_jax.train.config import TrainConfig, read_train_config
-from bagel_jax.train.data import Records, read_picture
+from bagel_jax.train.data import Records, read_image
 from bagel_jax.train.latents import moments
 from bagel_jax.train.loop import CHECKPOINTS, CONFIG_COPY
 from bagel_jax.train.lora import merge_adapters
 from bagel_jax.train.start import Start, make_start
 
 EXPORT = "export"
-_MEASURED = 256  # pictures from which the spread of latents is measured
+_MEASURED = 256  # images from which the spread of latents is measured
 
 
 def is_run(folder: Path) -> bool:
@@ -72,11 +72,11 @@ def export_run(run: Path, dtype: str | None = None) -> Path:
 
 
 def _latent_deviation(c: TrainConfig, start: Start, weights: Weights) -> jax.Array:
-    """`[C]` standard deviation of the latents' means over pictures of the training set."""
-    paths = sorted({path for source in c.data.sources for path in Records(Path(source.path)).pictures()})
+    """`[C]` standard deviation of the latents' means over images of the training set."""
+    paths = sorted({path for source in c.data.sources for path in Records(Path(source.path)).images()})
     chosen = np.random.default_rng(c.seed).permutation(len(paths))[:_MEASURED]
     found = [
-        np.asarray(moments(weights.graph, weights.params, read_picture(paths[i], start.config).vae_pixels[None]))
+        np.asarray(moments(weights.graph, weights.params, read_image(paths[i], start.config).vae_pixels[None]))
         for i in chosen
     ]
     means = np.concatenate([m[..., 0, :].reshape(-1, m.shape[-1]) for m in found]).astype(np.float32)

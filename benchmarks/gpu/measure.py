@@ -1,6 +1,6 @@
-"""BAGEL-7B on one GPU, with random weights: what kernels, pictures, texts and a load of requests take.
+"""BAGEL-7B on one GPU, with random weights: what kernels, images, texts and a load of requests take.
 
-    python benchmarks/gpu/measure.py kernels pictures evaluations text load [--out FILE.json]
+    python benchmarks/gpu/measure.py kernels images evaluations text load [--out FILE.json]
 
 Parts can be given one by one, where a call may not last as long as all of them. Seconds are medians over runs after a
 first one that compiles.
@@ -42,14 +42,14 @@ CASES = [
 ]
 
 
-def picture(size: int, seed: int = 0) -> Image.Image:
+def random_image(size: int, seed: int = 0) -> Image.Image:
     """Random pixels."""
     pixels = np.random.RandomState(seed).randint(0, 256, (size, size, 3))
     return Image.fromarray(pixels.astype(np.uint8))
 
 
 def step_operations(config, tokens: int, contexts: list[int]) -> float:
-    """Operations of one evaluation with a row for each context, of so many tokens before the picture's block."""
+    """Operations of one evaluation with a row for each context, of so many tokens before the image's block."""
     c = config.trunk
     projections = c.hidden_size * c.num_heads * c.head_dim * 2 + 2 * c.hidden_size * c.num_kv_heads * c.head_dim
     weights = c.num_layers * (projections + 3 * c.hidden_size * c.mlp_width)
@@ -76,13 +76,13 @@ def kernels() -> dict:
     return {name: {"relative_error": error, **seconds[name]} for name, error in errors.items()}
 
 
-def pictures(model, args) -> dict:
+def images(model, args) -> dict:
     """text2img and img2img, alone on the machine."""
     results = {}
     for name, modality, size, settings in CASES:
         if args.cases and not any(name.startswith(prefix) for prefix in args.cases):
             continue
-        place = {"height": size, "width": size} if modality == "text2img" else {"image": picture(size)}
+        place = {"height": size, "width": size} if modality == "text2img" else {"image": random_image(size)}
 
         def run(modality=modality, place=place, **settings):
             started = time.perf_counter()
@@ -122,7 +122,7 @@ def evaluations(model, args) -> dict:
 
 def stepping(model, modality: str, evaluations: int) -> float:
     """Seconds of so many guided evaluations at 1024²."""
-    place = {"height": 1024, "width": 1024} if modality == "text2img" else {"image": picture(1024)}
+    place = {"height": 1024, "width": 1024} if modality == "text2img" else {"image": random_image(1024)}
     result = model.generate(modality, PROMPT, **place, steps=evaluations + 1, cfg_interval=(0.0, 1.0))
     return result.seconds["denoise"]
 
@@ -134,7 +134,7 @@ def text(model, args) -> dict:
         runs = []
         for turn in range(1 + args.runs):
             requests = [
-                Request.create("img2text", PROMPT, picture(512, 1000 * turn + i), max_tokens=129, seed=i)
+                Request.create("img2text", PROMPT, random_image(512, 1000 * turn + i), max_tokens=129, seed=i)
                 for i in range(batch)
             ]
             started = time.perf_counter()
@@ -149,13 +149,13 @@ def text(model, args) -> dict:
         rate, first, spent = (median(column) for column in zip(*runs[1:], strict=True))
         print(f"img2text, batch {batch}: first token {first:.3f} s, {rate:.0f} tokens/s, all {spent:.2f} s", flush=True)
         results[f"batch {batch}"] = {"time_to_first_token": first, "tokens_per_second": rate, "seconds": spent}
-    large = [model.generate("img2text", PROMPT, picture(980, i), max_tokens=9).time_to_first_token for i in range(4)]
-    print(
-        f"img2text, a picture of 980 x 980: first token {median(large[1:]):.3f} s; peak memory {memory()}", flush=True
-    )
-    results["picture of 980"] = {"time_to_first_token": median(large[1:])}
+    large = [
+        model.generate("img2text", PROMPT, random_image(980, i), max_tokens=9).time_to_first_token for i in range(4)
+    ]
+    print(f"img2text, an image of 980 x 980: first token {median(large[1:]):.3f} s; peak memory {memory()}", flush=True)
+    results["image of 980"] = {"time_to_first_token": median(large[1:])}
     if args.profile:
-        one = Request.create("img2text", PROMPT, picture(512), max_tokens=17)
+        one = Request.create("img2text", PROMPT, random_image(512), max_tokens=17)
         profile(lambda: model.run(one).text)
     return results
 
@@ -182,10 +182,10 @@ def load(model, args) -> dict:
 
 def main() -> None:
     """Runs the parts."""
-    parts = {"pictures": pictures, "evaluations": evaluations, "text": text, "load": load}
+    parts = {"images": images, "evaluations": evaluations, "text": text, "load": load}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="+", choices=["kernels", *parts])
-    parser.add_argument("--cases", nargs="+", metavar="NAME", help="only pictures whose names begin so")
+    parser.add_argument("--cases", nargs="+", metavar="NAME", help="only images whose names begin so")
     parser.add_argument("--runs", type=int, default=3, metavar="N", help="after the first one")
     parser.add_argument("--profile", action="store_true", help="print the busiest kernels too")
     parser.add_argument("--out", metavar="FILE", help="write the numbers as json")

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from dense import view_of
 from serving import Served, poison, prefilled, serve
-from small import model, new_stage, picture
+from small import model, new_stage, random_image
 
 from bagel_jax.ar.stage import ContextStage, Finished
 from bagel_jax.errors import InputError
 from bagel_jax.handoff import Failed
-from bagel_jax.inputs.plan import PictureGrids, Text, contexts, plan
+from bagel_jax.inputs.plan import ImageGrids, Text, contexts, plan
 from bagel_jax.request import Request
 
 VAE, VIT = (8, 8), (4, 4)
@@ -27,14 +27,14 @@ def text_of(generator, longest: int) -> Text:
 
 
 def random_request(generator, i: int, longest: int):
-    """Any modality, texts of any length before and behind pictures, of which there are few different ones."""
+    """Any modality, texts of any length before and behind images, of which there are few different ones."""
     modality = ("text2text", "img2text", "text2img", "img2img")[generator.integers(4)]
-    makes_picture = modality.endswith("img")
-    images = [picture(int(generator.integers(3)))] if modality.startswith("img") else []
-    think = makes_picture and generator.random() < 0.3
+    makes_image = modality.endswith("img")
+    images = [random_image(int(generator.integers(3)))] if modality.startswith("img") else []
+    think = makes_image and generator.random() < 0.3
     most = int(generator.integers(1, 60))
-    limit = {"max_think_tokens": most} if think else {} if makes_picture else {"max_tokens": most}
-    if not makes_picture or think:
+    limit = {"max_think_tokens": most} if think else {} if makes_image else {"max_tokens": most}
+    if not makes_image or think:
         limit["do_sample"] = bool(generator.random() < 0.5)
         limit["text_temperature"] = 1.0
     made = model().prepare(
@@ -48,8 +48,8 @@ def random_request(generator, i: int, longest: int):
         )
     )
     system = None if not think else made.plan.builds[0].compute[0].segment
-    pictures = [PictureGrids(0, VIT, VAE if makes_picture else None)] if images else []
-    inputs = [text_of(generator, longest), *pictures] if generator.random() < 0.5 else [*pictures]
+    images = [ImageGrids(0, VIT, VAE if makes_image else None)] if images else []
+    inputs = [text_of(generator, longest), *images] if generator.random() < 0.5 else [*images]
     inputs.append(text_of(generator, longest))
     return dataclasses.replace(made, plan=plan(contexts(inputs, system=system)))
 
@@ -114,22 +114,22 @@ def test_regressions_1_7_32_many_requests():
 
 
 @pytest.mark.parametrize("modality", ["img2text", "img2img"])
-def test_regression_25_pictures_of_different_sizes(modality):
-    """A batch with pictures of different sizes crashes, or one of them is cut."""
+def test_regression_25_images_of_different_sizes(modality):
+    """A batch with images of different sizes crashes, or one of them is cut."""
     sizes = (40, 40), (64, 32), (30, 90), (200, 200)
     made = [
         model().prepare(
             Request.create(
                 modality,
                 "a red bench",
-                picture(i, *size),
+                random_image(i, *size),
                 request_id=f"{i}",
                 **({"max_tokens": 6} if modality == "img2text" else {}),
             )
         )
         for i, size in enumerate(sizes)
     ]
-    assert len({one.pictures[0].vit_grid for one in made}) > 1
+    assert len({one.images[0].vit_grid for one in made}) > 1
     stage = new_stage()
     together = serve(stage, *made)
     nothing_lost(stage)
@@ -173,7 +173,9 @@ def test_a_cancelled_request_frees_its_pages(after):
 
 def test_cancelled_sharers_let_go_too():
     """A request cancelled between its contexts, whose pages are shared, loses or frees some twice."""
-    made = model().prepare(Request.create("img2img", inputs=["a red", picture(), "a blue clock"], request_id="edit"))
+    made = model().prepare(
+        Request.create("img2img", inputs=["a red", random_image(), "a blue clock"], request_id="edit")
+    )
     for after in range(4):
         stage = new_stage(max_num_batched_tokens=32, prefix_cache=after % 2 == 0)
         stage.submit(made)

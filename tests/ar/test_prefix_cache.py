@@ -9,7 +9,7 @@ from dense import view_of
 from hypothesis import given
 from hypothesis import strategies as st
 from serving import serve
-from small import model, new_stage, picture
+from small import model, new_stage, random_image
 
 from bagel_jax.ar.prefix_cache import Hasher, PrefixCache
 from bagel_jax.pool import PagePool
@@ -30,21 +30,21 @@ def one(stage, made):
 
 
 def test_what_a_context_is_known_by():
-    """Another picture, noise, text or order passes for the same; or the same picture from another file does not."""
-    edit = prepared("img2img", "a red bench", picture())
-    assert chain(edit) == chain(prepared("img2img", "a red bench", picture().copy()))
+    """Another image, noise, text or order passes for the same; or the same image from another file does not."""
+    edit = prepared("img2img", "a red bench", random_image())
+    assert chain(edit) == chain(prepared("img2img", "a red bench", random_image().copy()))
     assert len(set(chain(edit))) == 3
     for other, equal in (
-        (prepared("img2img", "a blue clock", picture()), 2),
-        (prepared("img2img", "a red bench", picture(1)), 0),
-        (prepared("img2img", "a red bench", picture(), seed=1), 0),  # noise of the posterior sample
-        (prepared("img2text", "a red bench", picture()), 0),  # no latent block before the patches
-        (prepared("img2img", inputs=["a red bench", picture()]), 0),
+        (prepared("img2img", "a blue clock", random_image()), 2),
+        (prepared("img2img", "a red bench", random_image(1)), 0),
+        (prepared("img2img", "a red bench", random_image(), seed=1), 0),  # noise of the posterior sample
+        (prepared("img2text", "a red bench", random_image()), 0),  # no latent block before the patches
+        (prepared("img2img", inputs=["a red bench", random_image()]), 0),
     ):
         same = [a == b for a, b in zip(chain(edit), chain(other), strict=False)]
         assert same == [True] * equal + [False] * (len(same) - equal)
-    question = chain(prepared("img2text", "a red bench", picture()))
-    assert question[0] == chain(prepared("img2text", "why", picture(), seed=3))[0]  # no noise in there
+    question = chain(prepared("img2text", "a red bench", random_image()))
+    assert question[0] == chain(prepared("img2text", "why", random_image(), seed=3))[0]  # no noise in there
 
 
 @given(st.lists(st.tuples(st.sampled_from(("keep", "find", "room")), st.integers(1, 5)), max_size=50))
@@ -74,7 +74,7 @@ def test_the_pool_gets_everything_back(steps):
 
 
 def test_least_recently_used_goes_first():
-    """The picture that everybody asks about is forgotten before one that nobody does."""
+    """The image that everybody asks about is forgotten before one that nobody does."""
     pool = PagePool(7)
     cache = PrefixCache(pool)
     for name in (b"a", b"b", b"c"):
@@ -87,9 +87,9 @@ def test_least_recently_used_goes_first():
 
 
 def test_second_question_prefills_the_text_alone():
-    """Another question about a picture pays for the picture again, or gets another answer than without a cache."""
+    """Another question about an image pays for the image again, or gets another answer than without a cache."""
     stage, fresh = new_stage(), new_stage(prefix_cache=False)
-    first, second = (prepared("img2text", q, picture(), max_tokens=9) for q in ("a red bench", "a blue clock"))
+    first, second = (prepared("img2text", q, random_image(), max_tokens=9) for q in ("a red bench", "a blue clock"))
     tokens = second.plan.builds[0].compute[-1].segment.num_tokens
     assert one(stage, first).stats.prefilled_tokens > tokens
     again, alone = one(stage, second), one(fresh, second)
@@ -103,13 +103,13 @@ def test_second_question_prefills_the_text_alone():
 
 
 def test_second_edit_prefills_the_text_alone():
-    """Editing the same picture again pays for it again, or makes another picture."""
+    """Editing the same image again pays for it again, or makes another image."""
     stage, fresh = new_stage(), new_stage(prefix_cache=False)
-    first, second = (prepared("img2img", q, picture()) for q in ("a red bench", "a blue clock"))
+    first, second = (prepared("img2img", q, random_image()) for q in ("a red bench", "a blue clock"))
     one(stage, first)
     again, alone = one(stage, second), one(fresh, second)
     tokens = second.plan.builds[0].compute[-1].segment.num_tokens
-    assert again.stats.prefilled_tokens == 2 * tokens  # in the full context, and in the one without pictures
+    assert again.stats.prefilled_tokens == 2 * tokens  # in the full context, and in the one without images
     for view in range(3):
         for x, y in zip(view_of(again.context, view), view_of(alone.context, view), strict=True):
             np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
@@ -118,17 +118,17 @@ def test_second_edit_prefills_the_text_alone():
 def test_a_kept_prefix_is_not_written_to():
     """A request that goes on from a kept prefix spoils it for the next one: their last page is the same."""
     stage = new_stage(page_size=128)
-    made = prepared("img2text", "a red bench", picture(), max_tokens=9)
+    made = prepared("img2text", "a red bench", random_image(), max_tokens=9)
     first = one(stage, made)
     for other in ("a blue clock and more", "something else altogether"):
-        one(stage, prepared("img2text", other, picture(), max_tokens=20))
+        one(stage, prepared("img2text", other, random_image(), max_tokens=20))
     assert one(stage, made).ids == first.ids
 
 
-def test_two_at_once_compute_a_picture_once():
-    """Two questions about a picture that come together both pay for it."""
+def test_two_at_once_compute_a_image_once():
+    """Two questions about an image that come together both pay for it."""
     stage = new_stage()
-    made = [prepared("img2text", q, picture(), request_id=q, max_tokens=4) for q in ("what", "why", "when")]
+    made = [prepared("img2text", q, random_image(), request_id=q, max_tokens=4) for q in ("what", "why", "when")]
     stats = [event.stats for event in serve(stage, *made).values()]
     texts = sum(one.plan.builds[0].compute[-1].segment.num_tokens for one in made)
     assert sum(s.prefilled_tokens for s in stats) == made[0].plan.builds[0].compute[0].segment.num_tokens + texts

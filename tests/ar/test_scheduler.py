@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small import model, new_stage, picture
+from small import model, new_stage, random_image
 
 from bagel_jax.ar.batch import copies_of
 from bagel_jax.ar.jobs import Decoding, Job
 from bagel_jax.ar.scheduler import MAX_TEXTS, TEXT_BESIDE_IMAGE, Scheduler
 from bagel_jax.buckets import bucket, power_of_two
-from bagel_jax.inputs.plan import PictureGrids, Text, VaeImage, VitImage, contexts, plan
+from bagel_jax.inputs.plan import ImageGrids, Text, VaeImage, VitImage, contexts, plan
 from bagel_jax.pool import PagePool
 from bagel_jax.request import Request
 from bagel_jax.settings import ServingSettings
@@ -24,12 +24,12 @@ HOW = Decoding(10, (0, 0), False, 1.0, 0, 1.0)
 
 texts = st.integers(1, 90).map(lambda n: Text(tuple(range(n))))
 grids = st.tuples(st.integers(1, 9), st.integers(1, 9))
-pictures = st.builds(PictureGrids, st.just(0), grids, grids | st.none())
+images = st.builds(ImageGrids, st.just(0), grids, grids | st.none())
 
 
 @pytest.fixture(scope="module")
 def prepared():
-    return model().prepare(Request.create("img2img", "a", picture()))
+    return model().prepare(Request.create("img2img", "a", random_image()))
 
 
 def jobs_of(prepared, prompts, decode) -> list[Job]:
@@ -43,14 +43,14 @@ def jobs_of(prepared, prompts, decode) -> list[Job]:
 
 @settings(deadline=None, max_examples=60)
 @given(
-    prompts=st.lists(st.lists(texts | pictures, min_size=1, max_size=4), min_size=1, max_size=5),
+    prompts=st.lists(st.lists(texts | images, min_size=1, max_size=4), min_size=1, max_size=5),
     decode=st.booleans(),
     budget=st.integers(16, 300),
     page_size=st.sampled_from((16, 64)),
     num_pages=st.integers(30, 200),
 )
 def test_regression_24_steps_are_sound(prepared, prompts, decode, budget, page_size, num_pages):
-    """A chunk ends inside a picture's block, a step passes its budget, a token is computed twice or never."""
+    """A chunk ends inside an image's block, a step passes its budget, a token is computed twice or never."""
     serving = ServingSettings(
         ar_max_num_seqs=4, max_num_batched_tokens=budget, page_size=page_size, num_pages=num_pages, prefix_cache=False
     )
@@ -149,7 +149,7 @@ def test_who_came_last_gives_way(prepared):
 def test_guidance_contexts_share_pages():
     """An edit holds its pages once a guidance branch, or they are copied."""
     stage = new_stage(page_size=16, max_num_batched_tokens=16)
-    made = model().prepare(Request.create("img2img", inputs=["a red bench " * 12, picture(), "a blue clock"]))
+    made = model().prepare(Request.create("img2img", inputs=["a red bench " * 12, random_image(), "a blue clock"]))
     (build,) = made.plan.builds[1:]
     whole = build.shared // 16
     assert whole >= 2
@@ -200,8 +200,8 @@ def test_copies_in_groups_are_copies_one_after_another(copies):
 
 @pytest.mark.parametrize("block", [VitImage(0, 70, 70), VaeImage(0, 64, 64)])
 def test_a_block_larger_than_the_budget_has_its_own_step(prepared, block):
-    """A picture larger than the token budget is never computed."""
-    grids = PictureGrids(0, (70, 70), (64, 64) if isinstance(block, VaeImage) else None)
+    """An image larger than the token budget is never computed."""
+    grids = ImageGrids(0, (70, 70), (64, 64) if isinstance(block, VaeImage) else None)
     (job,) = jobs_of(prepared, [[grids]], decode=False)
     scheduler = Scheduler(PagePool(200), ServingSettings(max_num_batched_tokens=512), MARKERS)
     scheduler.waiting.append(job)

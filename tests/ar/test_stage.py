@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from dense import view_of
 from serving import cache_of, context_of, logits_of, poison, prefilled, serve, with_segments
-from small import CONFIG, model, new_stage, picture
+from small import CONFIG, model, new_stage, random_image
 
 from bagel_jax.ar import stage as stage_module
 from bagel_jax.ar import steps
@@ -24,7 +24,7 @@ VIT, VAE = VitImage(0, 4, 4), VaeImage(0, 8, 8)
 @pytest.fixture(scope="module")
 def edit():
     """A prepared edit."""
-    return model().prepare(Request.create("img2img", "a red bench", picture(), request_id="edit"))
+    return model().prepare(Request.create("img2img", "a red bench", random_image(), request_id="edit"))
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def close(a, b, length=None, start=0):
 
 @pytest.mark.parametrize("block", [VIT, VAE], ids=["vit", "vae"])
 def test_regression_22_blocks_are_wrapped_in_markers(stage, edit, block):
-    """The markers around a picture are missing, swapped, or computed by the wrong expert."""
+    """The markers around an image are missing, swapped, or computed by the wrong expert."""
     cache = context_of(stage, edit, [Text(IDS[:3]), block])
     tokenizer = model().tokenizer
     for marker, at in ((tokenizer.vision_start, 3), (tokenizer.vision_end, 3 + block.num_tokens - 1)):
@@ -64,9 +64,9 @@ def test_regression_22_blocks_are_wrapped_in_markers(stage, edit, block):
 
 
 def test_regression_21_a_vit_block_has_one_position(stage, edit, monkeypatch):
-    """Patches of a picture lie at increasing RoPE positions."""
-    alike = np.broadcast_to(edit.pictures[0].vit_patches[:1], (16, 588))
-    made = dataclasses.replace(edit, pictures=(dataclasses.replace(edit.pictures[0], vit_patches=alike),))
+    """Patches of an image lie at increasing RoPE positions."""
+    alike = np.broadcast_to(edit.images[0].vit_patches[:1], (16, 588))
+    made = dataclasses.replace(edit, images=(dataclasses.replace(edit.images[0], vit_patches=alike),))
     monkeypatch.setattr(stage_module, "vit_positions", lambda *_: np.zeros(16, np.int32))
     caches = [context_of(stage, made, [Text(IDS[:n]), VIT]) for n in (7, 8)]
     for x in caches[0]:  # alike in content and position: alike in every layer, whatever their place in the block
@@ -75,7 +75,7 @@ def test_regression_21_a_vit_block_has_one_position(stage, edit, monkeypatch):
 
 
 def test_regression_21_a_latent_block_has_one_position(stage, edit):
-    """Latent tokens of an input picture lie at increasing RoPE positions."""
+    """Latent tokens of an input image lie at increasing RoPE positions."""
     first = context_of(stage, edit, [Text(IDS[:7]), VAE])
     moved = context_of(stage, edit, [Text(IDS[:8]), VAE])
     # One position more turns all keys of the first layer by one step, and leaves the values.
@@ -87,17 +87,17 @@ def test_regression_21_a_latent_block_has_one_position(stage, edit):
     np.testing.assert_allclose(moved.k[0, 8:, :, :half], left * np.cos(angle) - right * np.sin(angle), atol=1e-4)
 
 
-def test_text_is_causal_and_pictures_are_not(stage, edit):
-    """Text sees its own future, or the patches of a picture see only those before them."""
+def test_text_is_causal_and_images_are_not(stage, edit):
+    """Text sees its own future, or the patches of an image see only those before them."""
     changed = context_of(stage, edit, [Text((*IDS[:-1], 5))])
     whole = context_of(stage, edit, [Text(IDS)])
     close(changed, whole, len(IDS) - 1)
     assert np.abs(changed.k[1, len(IDS) - 1] - whole.k[1, len(IDS) - 1]).max() > 1e-3
-    patches = edit.pictures[0].vit_patches
+    patches = edit.images[0].vit_patches
     caches = []
     for last in (patches[-1:], -patches[-1:]):
-        other = dataclasses.replace(edit.pictures[0], vit_patches=np.concatenate([patches[:-1], last]))
-        caches.append(context_of(stage, dataclasses.replace(edit, pictures=(other,)), [VIT]))
+        other = dataclasses.replace(edit.images[0], vit_patches=np.concatenate([patches[:-1], last]))
+        caches.append(context_of(stage, dataclasses.replace(edit, images=(other,)), [VIT]))
     assert np.abs(caches[0].k[1, 0] - caches[1].k[1, 0]).max() > 1e-4
 
 
@@ -131,7 +131,7 @@ def test_regression_29_padded_prompt_tokens_are_not_attended():
 
 
 def test_regression_29_padded_patches_are_not_attended(stage, edit, monkeypatch):
-    """A picture is understood otherwise when it is padded further."""
+    """An image is understood otherwise when it is padded further."""
     usual = context_of(stage, edit, [VIT])
     monkeypatch.setattr(stage_module, "bucket", lambda length, least=16: 2 * max(length, least))
     close(context_of(stage, edit, [VIT]), usual)
@@ -161,7 +161,7 @@ def test_a_text_is_the_same_in_one_piece_or_several(edit):
 @pytest.mark.parametrize("page_size", [16, 128])
 def test_shared_prefix_equals_a_cache_of_its_own(page_size):
     """A guidance context that shares pages sees something else, or spoils the one it shares them with."""
-    made = model().prepare(Request.create("img2img", inputs=["a red", picture(), "a blue clock"]))
+    made = model().prepare(Request.create("img2img", inputs=["a red", random_image(), "a blue clock"]))
     assert made.plan.builds[1].copy_from == 0
     (finished,) = serve(new_stage(page_size=page_size), made).values()
     main, img = (view_of(finished.context, view) for view in (0, finished.context.img_view))

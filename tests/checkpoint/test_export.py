@@ -114,7 +114,7 @@ def test_to_bfloat16(tiny_dir, tmp_path):
 
 
 def test_exported_model_loads(exported, tiny):
-    """The same sizes, values and pictures."""
+    """The same sizes, values and images."""
     ours = Bagel.load(exported, dtype="float32")
     assert ours.config == tiny.config
     theirs = flatten(tiny.load_weights().params)
@@ -300,7 +300,7 @@ def test_weights_of_another_model(tmp_path, path, value, told):
 
 
 def test_positions_of_no_square(tmp_path):
-    """The official code makes a square table of the picture's size; no json file can say another."""
+    """The official code makes a square table of the image's size; no json file can say another."""
     config = dataclasses.replace(small.CONFIG, vit=dataclasses.replace(small.CONFIG.vit, num_positions=17))
     with pytest.raises(InputError, match="position table has 17 rows"):
         export(random_weights(config), config, tmp_path, tmp_path / "out")

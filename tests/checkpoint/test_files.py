@@ -102,7 +102,7 @@ def test_index_that_is_no_json(broken, content):
 
 
 def test_missing_tensors(broken):
-    """Left at zero they would make noise of every picture; each is named instead."""
+    """Left at zero they would make noise of every image; each is named instead."""
     missing = {
         EMA: (NORM, "language_model.lm_head.weight", "vit_model.vision_model.encoder.layers.2.mlp.fc1.bias"),
         AE: ("decoder.up.1.block.0.nin_shortcut.weight", "encoder.norm_out.bias"),

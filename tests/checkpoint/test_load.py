@@ -121,25 +121,25 @@ def test_every_tensor_is_where_it_belongs(tiny, tiny_dir):
 
 
 def test_vit_patch_weight_axis_order(tiny, tiny_dir):
-    """REGRESSION 18: the weight is [out, row, column, channel]; read otherwise, pictures are seen scrambled."""
+    """REGRESSION 18: the weight is [out, row, column, channel]; read otherwise, images are seen scrambled."""
     tensors = checkpoints.read_tensors(tiny_dir / checkpoints.FILES["ema"])
     prefix = "vit_model.vision_model.embeddings.patch_embedding"
     weight, bias = tensors[f"{prefix}.weight"].reshape(48, 14, 14, 3), tensors[f"{prefix}.bias"]
-    picture = np.random.RandomState(0).uniform(-1, 1, (28, 42, 3)).astype(np.float32)
+    image = np.random.RandomState(0).uniform(-1, 1, (28, 42, 3)).astype(np.float32)
     expected = np.stack(
         [
-            np.einsum("orcx,rcx->o", weight, picture[14 * y : 14 * y + 14, 14 * x : 14 * x + 14]) + bias
+            np.einsum("orcx,rcx->o", weight, image[14 * y : 14 * y + 14, 14 * x : 14 * x + 14]) + bias
             for y in range(2)
             for x in range(3)
         ]
     )
-    patches = picture.reshape(2, 14, 3, 14, 3).swapaxes(1, 2).reshape(6, -1)
+    patches = image.reshape(2, 14, 3, 14, 3).swapaxes(1, 2).reshape(6, -1)
     ours = tiny.load_weights().model().vit.patch_embed(patches)
     np.testing.assert_allclose(ours, expected, atol=1e-5)
 
 
 def test_convolution_is_the_right_way_round(tiny, tiny_dir):
-    """A kernel with rows and columns, or in and out, swapped: the autoencoder's pictures are smeared."""
+    """A kernel with rows and columns, or in and out, swapped: the autoencoder's images are smeared."""
     tensors = checkpoints.read_tensors(tiny_dir / checkpoints.FILES["ae"])
     weight, bias = tensors["encoder.conv_in.weight"], tensors["encoder.conv_in.bias"]
     pixels = np.random.RandomState(1).uniform(-1, 1, (5, 7, 3)).astype(np.float32)

@@ -13,7 +13,7 @@ from bagel_jax.checkpoint.files import CheckpointFiles
 from bagel_jax.checkpoint.load import PublishedCheckpoint
 from bagel_jax.checkpoint.sizes import read_config
 from bagel_jax.errors import InputError
-from bagel_jax.inputs.pictures import resized_size
+from bagel_jax.inputs.images import resized_size
 
 
 def config_of(directory):
@@ -47,7 +47,7 @@ def header_dir(tiny_dir, tiny_shapes, tmp_path):
 
 
 def test_max_latent_size_of_config_json_is_not_trusted(tiny_dir, header_dir):
-    """REGRESSION 26: config.json says 32, the table has 64 x 64 rows; believing it makes 1024² pictures fail."""
+    """REGRESSION 26: config.json says 32, the table has 64 x 64 rows; believing it makes 1024² images fail."""
     assert json.loads((tiny_dir / "config.json").read_text())["max_latent_size"] == 32
     assert config_of(tiny_dir).max_latent_size == 64
     smaller = config_of(header_dir({"latent_pos_embed.pos_embed": (36, 64), "vit_pos_embed.pos_embed": (25, 64)}))
@@ -69,8 +69,8 @@ def test_vit_tables_of_different_sizes(header_dir):
         config_of(header_dir({table: (4899, 48)}))
 
 
-def test_input_pictures_fit_the_position_table(header_dir):
-    """Rounded to 16 pixels, a picture could be larger than the table, and its last patches would be misplaced."""
+def test_input_images_fit_the_position_table(header_dir):
+    """Rounded to 16 pixels, an image could be larger than the table, and its last patches would be misplaced."""
     config = config_of(header_dir({"latent_pos_embed.pos_embed": (121, 64)}))
     small = dataclasses.replace(config, autoencoder=dataclasses.replace(config.autoencoder, widths=(32, 64, 64)))
     assert small.max_image_size == 88

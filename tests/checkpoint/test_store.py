@@ -79,7 +79,7 @@ def damaged(converted, tmp_path) -> Path:
 
 
 def test_converted_model_is_the_same(tiny, converted):
-    """Sizes, values and pictures, bit for bit; the tokenizer travels along."""
+    """Sizes, values and images, bit for bit; the tokenizer travels along."""
     ours = Bagel.load(converted, dtype="float32")
     assert ours.config == tiny.config
     assert_same(ours.load_weights(), tiny)

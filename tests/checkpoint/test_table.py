@@ -76,7 +76,7 @@ def test_full_size_components(official):
 
 
 def test_row_too_few(tiny_shapes):
-    """Forgetting a row is told by the parameter's name, not by a wrong picture."""
+    """Forgetting a row is told by the parameter's name, not by a wrong image."""
     table = tuple(row for row in TABLE if row.target != "trunk.layers.gen.gate.kernel")
     with pytest.raises(InputError, match=r"parameter trunk\.layers\.gen\.gate\.kernel has 0 rows"):
         resolve(tiny_shapes, table)

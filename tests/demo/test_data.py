@@ -46,9 +46,9 @@ def digest(directory: Path) -> str:
 
 
 def scenes_by_file(count: int = PAIRS) -> dict[str, world.Scene]:
-    """What each picture shows."""
+    """What each image shows."""
     made = [scene for before, _, after in data.pairs(count) for scene in (before, after)]
-    return {f"pictures/{n // 1000:02d}/{n:05d}.png": scene for n, scene in enumerate(made)}
+    return {f"images/{n // 1000:02d}/{n:05d}.png": scene for n, scene in enumerate(made)}
 
 
 def test_form(directory, records):
@@ -87,27 +87,27 @@ def test_tasks(records):
         "text2text": {("text", "target")},
     }
     think = records["think"][0]
-    assert think[0]["text"] == THINK_PROMPTS["picture"]
+    assert think[0]["text"] == THINK_PROMPTS["image"]
     assert think[2]["text"].startswith("<think>a ")
     assert len(records["img2img"]) == PAIRS
     assert len(records["see"]) == 2 * PAIRS
     assert len(records["caption"]) == len(records["text2img"]) == len(records["think"]) > 0.6 * PAIRS
 
 
-def test_answers_fit_the_pictures(directory, records):
+def test_answers_fit_the_images(directory, records):
     """A set with wrong answers teaches nothing."""
     scenes = scenes_by_file()
     for name, scene in scenes.items():
         with Image.open(directory / name) as image:
             assert np.array_equal(np.asarray(image), world.draw(scene))
     questions = {form: question for question in QUESTIONS.values() for form in question.forms}
-    for picture, *turns in records["see"] + records["caption"]:
+    for image, *turns in records["see"] + records["caption"]:
         for question, answer in zip(turns[::2], turns[1::2], strict=True):
-            assert questions[question["text"]].answer(scenes[picture["image"]].combination) == answer["text"]
-    for prompt, picture in records["text2img"]:
-        assert prompt["text"] in world.prompts(scenes[picture["image"]].combination)
-    for _, prompt, plan, picture in records["think"]:
-        c = scenes[picture["image"]].combination
+            assert questions[question["text"]].answer(scenes[image["image"]].combination) == answer["text"]
+    for prompt, image in records["text2img"]:
+        assert prompt["text"] in world.prompts(scenes[image["image"]].combination)
+    for _, prompt, plan, image in records["think"]:
+        c = scenes[image["image"]].combination
         assert (prompt["text"], plan["text"]) == (world.caption(c), world.plan(c))
 
 
@@ -177,28 +177,28 @@ def test_same_seed_same_set(directory, tmp_path):
 
 
 def test_new_color(tmp_path, capsys):
-    """The set to learn pink from: ten different pictures, all shapes, all grounds, beside the other files."""
+    """The set to learn pink from: ten different images, all shapes, all grounds, beside the other files."""
     assert data.main([str(tmp_path), "--new-color", "pink"]) == 0
     assert "pink.jsonl: 10 records" in capsys.readouterr().out
     lines = (tmp_path / "pink.jsonl").read_text(encoding="utf-8").splitlines()
     records = [json.loads(line)["segments"] for line in lines]
     scenes = data.new_color_scenes("pink")
     assert len(records) == len(scenes) == len({scene.combination for scene in scenes}) == 10
-    for (prompt, picture), scene in zip(records, scenes, strict=True):
+    for (prompt, image), scene in zip(records, scenes, strict=True):
         assert re.fullmatch(r"a pink \w+ on an? \w+ background", prompt["text"])
         assert prompt["text"] == world.caption(scene.combination)
-        assert picture["target"]
-        with Image.open(tmp_path / picture["image"]) as image:
+        assert image["target"]
+        with Image.open(tmp_path / image["image"]) as image:
             assert np.array_equal(np.asarray(image), world.draw(scene))
     assert {scene.shape for scene in scenes} == set(SHAPES)
     assert {scene.combination.ground for scene in scenes} == set(world.COLORS)
     known = [json.loads(line)["segments"][0]["text"] for line in (tmp_path / "known.jsonl").open(encoding="utf-8")]
     trained = {world.caption(c) for c in world.COMBINATIONS if not world.held_out(*c)}
-    assert len(known) == data.KNOWN_PICTURES
+    assert len(known) == data.KNOWN_IMAGES
     assert set(known) <= trained
 
 
-def test_pink_is_in_no_training_picture():
+def test_pink_is_in_no_training_image():
     """It would not be new."""
     pink = world.NEW_COLORS["pink"]
     for scene in scenes_by_file(1000).values():

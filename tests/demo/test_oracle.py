@@ -49,8 +49,8 @@ def near(reading, scene: Scene) -> bool:
     return math.dist((reading.x, reading.y), (scene.x, scene.y)) < 1 and abs(reading.radius - scene.radius) < 1
 
 
-def test_fresh_pictures(oracle):
-    """A right picture counted as wrong."""
+def test_fresh_images(oracle):
+    """A right image counted as wrong."""
     for scene in scenes(450, 0):
         reading = oracle.read(draw(scene))
         assert reading.shows(*scene.combination), scene
@@ -59,8 +59,8 @@ def test_fresh_pictures(oracle):
         assert np.allclose(reading.ground_rgb, scene.ground, atol=1)
 
 
-def test_blurred_noisy_pictures_with_spoiled_corners(oracle):
-    """A model's pictures are never as clean as drawn ones, and its autoencoder spoils the corners."""
+def test_blurred_noisy_images_with_spoiled_corners(oracle):
+    """A model's images are never as clean as drawn ones, and its autoencoder spoils the corners."""
     noise, right = np.random.default_rng(0), 0
     made = scenes(450, 1)
     for scene in made:
@@ -112,20 +112,20 @@ def _drawn(paint) -> np.ndarray:
     ids=["nothing", "upside down", "slab", "ring", "two", "half round"],
 )
 def test_what_is_no_shape_is_unclear(oracle, paint):
-    """A bad picture counted as right."""
+    """A bad image counted as right."""
     reading = oracle.read(_drawn(paint))
     assert reading.shape == "unclear"
     assert reading.ground == "white"
 
 
 def test_noise_is_unclear(oracle):
-    """Pictures of a model that has learnt nothing."""
+    """Images of a model that has learnt nothing."""
     for seed in range(20):
         pixels = np.random.default_rng(seed).integers(0, 256, (64, 64, 3)).astype(np.uint8)
         assert oracle.read(pixels).shape == "unclear"
 
 
 def test_wrong_size(oracle):
-    """A picture of another size is refused, not misread."""
+    """An image of another size is refused, not misread."""
     with pytest.raises(InputError, match=r"\[32, 64, 3\]"):
         oracle.read(np.zeros((32, 64, 3), np.uint8))

@@ -40,11 +40,11 @@ def right_scene(case) -> Scene:
 
 
 def model_of(quality, change=lambda scene: scene, say=lambda text: text):
-    """A perfect model but for a change of its pictures and one of its words."""
+    """A perfect model but for a change of its images and one of its words."""
 
     def answer(case):
-        picture = Image.fromarray(draw(change(right_scene(case)))) if case.shows else None
-        return quality.Answer(picture, None if case.says is None else say(case.says))
+        image = Image.fromarray(draw(change(right_scene(case)))) if case.shows else None
+        return quality.Answer(image, None if case.says is None else say(case.says))
 
     return answer
 
@@ -61,7 +61,7 @@ def wrong_ground(scene: Scene) -> Scene:
 
 
 def shifted(by: float):
-    """A change that moves the shape, towards the middle so that it stays in the picture."""
+    """A change that moves the shape, towards the middle so that it stays in the image."""
     return lambda scene: replace(scene, x=scene.x + (by if scene.x < 32 else -by))
 
 
@@ -108,8 +108,8 @@ def test_cases_are_spread_evenly(quality):
         assert {kinds.count(each) for each in kinds} == {10 if split == "held out" else 20}
 
 
-def test_pictures_are_fresh(quality):
-    """A picture of the training set, which the model may know by heart."""
+def test_images_are_fresh(quality):
+    """An image of the training set, which the model may know by heart."""
     trained = {scene for before, _, after in pairs(500) for scene in (before, after)}
     made = [case.before for task in ("img2img", "img2text") for case in quality.cases(task, "trained", 200)]
     assert len(set(made)) == 400
@@ -117,7 +117,7 @@ def test_pictures_are_fresh(quality):
 
 
 def test_questions_in_default_form(quality):
-    """Every fact is asked once; every question about a picture equally often."""
+    """Every fact is asked once; every question about an image equally often."""
     asked = quality.cases("text2text", "trained", 200)
     assert [(case.prompt, case.says) for case in asked] == [(fact.forms[0], fact.answer) for fact in facts()]
     assert quality.cases("text2text", "held out", 200) == []
@@ -152,7 +152,7 @@ def test_perfect_model(quality, task):
 
 
 def test_wrong_ground(quality):
-    """A wrong picture counted as right, or the wrong part blamed."""
+    """A wrong image counted as right, or the wrong part blamed."""
     found = quality.score(quality.cases("text2img", "trained", 20), model_of(quality, wrong_ground))
     assert found["percent"] == 0
     assert found["parts"] == {"color": 20, "shape": 20, "ground": 0}
@@ -166,7 +166,7 @@ def test_wrong_ground(quality):
 
     found = quality.score(quality.cases("think", "trained", 8), model_of(quality, wrong_ground))
     assert found["right"] == 0
-    assert found["parts"] == {"plan": 8, "picture": 0}
+    assert found["parts"] == {"plan": 8, "image": 0}
 
 
 @pytest.mark.parametrize(("by", "right"), [(3, True), (6, False)])
@@ -179,7 +179,7 @@ def test_an_edit_keeps_the_place(quality, by, right):
 
 
 def test_an_edit_changes_something(quality):
-    """The input picture handed back."""
+    """The input image handed back."""
     asked = quality.cases("img2img", "trained", 16)
     found = quality.score(asked, lambda case: quality.Answer(Image.fromarray(draw(case.before))))
     assert found["parts"] == {"change": 0, "rest": 16, "place": 16}
@@ -194,7 +194,7 @@ def test_words_are_exact(quality):
             assert quality.score(asked, model_of(quality, say=say))["right"] == 0
     found = quality.score(quality.cases("think", "trained", 8), model_of(quality, say=str.upper))
     assert found["right"] == 0
-    assert found["parts"] == {"plan": 0, "picture": 8}
+    assert found["parts"] == {"plan": 0, "image": 8}
 
 
 def test_one_question_is_reported_alone(quality):
@@ -211,8 +211,8 @@ def test_one_question_is_reported_alone(quality):
 
 
 @pytest.mark.parametrize("size", [None, 32, 512])
-def test_no_picture_to_read(quality, size, tmp_path):
-    """A picture of another size ends the run, or passes."""
+def test_no_image_to_read(quality, size, tmp_path):
+    """An image of another size ends the run, or passes."""
     given = quality.Answer(None if size is None else Image.new("RGB", (size, size)))
     for task in ("text2img", "img2img", "think"):
         asked = quality.cases(task, "trained", 4)
@@ -222,7 +222,7 @@ def test_no_picture_to_read(quality, size, tmp_path):
         json.dumps(found, allow_nan=False)
 
 
-def test_blank_pictures_in_json(quality):
+def test_blank_images_in_json(quality):
     """Where no shape is seen its place is not a number, which json has no word for."""
     asked = quality.cases("img2img", "trained", 4)
     found = quality.score(asked, lambda case: quality.Answer(Image.new("RGB", (64, 64))))
@@ -257,7 +257,7 @@ def test_requests_have_the_default_settings(quality):
         assert made.settings == (replace(default, height=64, width=64) if drawn else default)
         assert made.think == (task == "think")
         assert made.prompt == case.prompt
-        assert quality.request(case, {"steps": 3}).settings.steps == (3 if made.makes_picture else default.steps)
+        assert quality.request(case, {"steps": 3}).settings.steps == (3 if made.makes_image else default.steps)
         assert made.notes == quality.request(case, {"steps": 3}).notes == ()
 
 
@@ -282,7 +282,7 @@ def test_results_that_cannot_be_written(quality, tiny_dir, tmp_path, capsys):
 
 def test_a_model_that_has_learnt_nothing(quality, tiny_dir, tmp_path, capsys):
     """All of it, from the checkpoint to the files."""
-    file, folder = tmp_path / "scores.json", tmp_path / "pictures"
+    file, folder = tmp_path / "scores.json", tmp_path / "images"
     options = ["--tasks", "text2img", "text2text", "--cases", "2", "--steps", "3", "--max-tokens", "8"]
     assert quality.main(["--model", str(tiny_dir), "--json", str(file), "--save", str(folder), *options]) == 0
     out = capsys.readouterr().out

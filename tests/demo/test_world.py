@@ -1,4 +1,4 @@
-"""The demo world: its pictures, its words, and what is held out of it."""
+"""The demo world: its images, its words, and what is held out of it."""
 
 from __future__ import annotations
 
@@ -56,18 +56,18 @@ def test_shapes(shape, area, inside, outside):
             assert mask[int(y + radius * v), int(x + radius * u)] == wanted
 
 
-def test_picture_has_smooth_edges():
+def test_image_has_smooth_edges():
     """Colours are exact away from the edge, and mixed on it."""
-    picture = world.draw(Scene("circle", (255, 0, 0), (255, 255, 255), 15.3, 30, 31))
-    assert picture.shape == (64, 64, 3)
-    assert picture.dtype == np.uint8
-    counts = Counter(map(tuple, picture.reshape(-1, 3).tolist()))
+    image = world.draw(Scene("circle", (255, 0, 0), (255, 255, 255), 15.3, 30, 31))
+    assert image.shape == (64, 64, 3)
+    assert image.dtype == np.uint8
+    counts = Counter(map(tuple, image.reshape(-1, 3).tolist()))
     (ground, _), (color, _) = counts.most_common(2)
     assert (ground, color) == ((255, 255, 255), (255, 0, 0))
     assert sum(counts.values()) - counts[ground] - counts[color] > 30
 
 
-def test_scenes_lie_in_the_picture():
+def test_scenes_lie_in_the_image():
     """A shape cut off at the border has no centre to be judged by."""
     rng = Random(0)
     for c in COMBINATIONS:
@@ -76,13 +76,13 @@ def test_scenes_lie_in_the_picture():
         assert 12 <= scene.radius <= 22
         for place in (scene.x, scene.y):
             assert scene.radius + 1 <= place <= 63 - scene.radius
-    picture = world.draw(Scene("circle", (255, 0, 0), (0, 0, 0), 22, 23, 41))
-    assert not picture[[0, -1]].any()
-    assert not picture[:, [0, -1]].any()
+    image = world.draw(Scene("circle", (255, 0, 0), (0, 0, 0), 22, 23, 41))
+    assert not image[[0, -1]].any()
+    assert not image[:, [0, -1]].any()
 
 
 def test_drawing_is_quick():
-    """Sixty thousand pictures are drawn before a training."""
+    """Sixty thousand images are drawn before a training."""
     scene = Scene.of(RED_CIRCLE, Random(0))
     best = math.inf
     for _ in range(5):

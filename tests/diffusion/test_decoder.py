@@ -1,4 +1,4 @@
-"""Pictures from latents: several at once, and in tiles."""
+"""Images from latents: several at once, and in tiles."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def linear(channels: int = 3):
 
 
 def test_several_at_once_equal_one_by_one():
-    """A norm over the batch, or pictures that change places: a picture depends on its neighbours."""
+    """A norm over the batch, or images that change places: an image depends on its neighbours."""
     tokens = latents(3, 5, 3)
     together = decode(weights(), tokens, (5, 3))
     assert together.shape == (3, 5 * UNIT, 3 * UNIT, 3)
@@ -71,7 +71,7 @@ def test_starts(tiles, tile, overlap):
 
 
 def test_published_tiles():
-    """A 1024² picture of the published model, 64 tokens a side, in other tiles than written down."""
+    """A 1024² image of the published model, 64 tokens a side, in other tiles than written down."""
     assert starts(64) == [0, 24, 32]
     assert starts(32) == [0]
     assert starts(33) == [0, 1]
@@ -83,13 +83,13 @@ def test_weights_sum_to_one(tiles, grid, tile, overlap):
     """Seams: what several tiles agree on comes out darker or brighter where they overlap, or moved."""
     seen = tiles(tile, overlap, linear())
     tokens = latents(2, *grid)
-    picture = decode(types.SimpleNamespace(skeleton=None, arrays=None), tokens, grid, tiled=True)
+    image = decode(types.SimpleNamespace(skeleton=None, arrays=None), tokens, grid, tiled=True)
     assert len(seen) == len(starts(grid[0])) * len(starts(grid[1])) > 1
-    np.testing.assert_allclose(picture, linear()(None, None, tokens, grid), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(image, linear()(None, None, tokens, grid), rtol=1e-6, atol=1e-6)
 
 
 def test_overlaps_are_blended(tiles):
-    """The last tile wins where tiles overlap: a hard edge. Tiles of 0, 1, … make a picture that rises evenly."""
+    """The last tile wins where tiles overlap: a hard edge. Tiles of 0, 1, … make an image that rises evenly."""
     values = iter(range(2))
 
     def run(skeleton, arrays, tokens, grid):
@@ -97,15 +97,15 @@ def test_overlaps_are_blended(tiles):
 
     tiles(4, 2, run)
     made = types.SimpleNamespace(skeleton=None, arrays=None)
-    picture = decode(made, latents(1, 6, 3), (6, 3), tiled=True)[0, :, 0, 0]
+    image = decode(made, latents(1, 6, 3), (6, 3), tiled=True)[0, :, 0, 0]
     overlap = 2 * UNIT
-    np.testing.assert_array_equal(picture[: 2 * UNIT], 0)
-    np.testing.assert_array_equal(picture[4 * UNIT :], 1)
-    np.testing.assert_allclose(picture[2 * UNIT : 4 * UNIT], (np.arange(overlap) + 0.5) / overlap, rtol=1e-6)
+    np.testing.assert_array_equal(image[: 2 * UNIT], 0)
+    np.testing.assert_array_equal(image[4 * UNIT :], 1)
+    np.testing.assert_allclose(image[2 * UNIT : 4 * UNIT], (np.arange(overlap) + 0.5) / overlap, rtol=1e-6)
 
 
 def test_a_grid_of_one_tile_is_decoded_whole(tiles):
-    """A small picture is cut, or is not the very picture that there is without tiling."""
+    """A small image is cut, or is not the very image that there is without tiling."""
     seen = tiles(6, 2)
     tokens = latents(2, 6, 5)
     tiled = decode(weights(), tokens, (6, 5), tiled=True)
@@ -114,24 +114,24 @@ def test_a_grid_of_one_tile_is_decoded_whole(tiles):
 
 
 def test_tiling_is_off_unless_asked_for(tiles):
-    """A picture that would fit into memory is decoded in tiles, which see less."""
+    """An image that would fit into memory is decoded in tiles, which see less."""
     seen = tiles(2, 1)
     decode(weights(), latents(1, 6, 5), (6, 5))
     assert seen == [(6, 5)]
 
 
 def test_no_tile_is_larger_than_a_tile(tiles):
-    """The decoder needs the memory of the whole picture although tiles were asked for."""
+    """The decoder needs the memory of the whole image although tiles were asked for."""
     seen = tiles(4, 2)
     tokens = latents(2, 8, 3)
-    picture = decode(weights(), tokens, (8, 3), tiled=True)
+    image = decode(weights(), tokens, (8, 3), tiled=True)
     assert seen == [(4, 3)] * 3
-    assert picture.shape == (2, 8 * UNIT, 3 * UNIT, 3)
-    assert picture.dtype == np.float32
+    assert image.shape == (2, 8 * UNIT, 3 * UNIT, 3)
+    assert image.dtype == np.float32
 
 
 def errors(tiles, tile: int, overlap: int) -> tuple[float, int]:
-    """Relative error of a tiled picture, and how many tiles it has."""
+    """Relative error of a tiled image, and how many tiles it has."""
     tokens = latents(1, 8, 8, seed=5)
     whole = decode(weights(), tokens, (8, 8))
     seen = tiles(tile, overlap)
@@ -139,8 +139,8 @@ def errors(tiles, tile: int, overlap: int) -> tuple[float, int]:
     return float(np.linalg.norm(tiled - whole) / np.linalg.norm(whole)), len(seen)
 
 
-def test_tiled_pictures_are_near_the_whole_one(tiles):
-    """Tiles in other places, transposed or unblended: another picture. Norms and attention over a tile shift little."""
+def test_tiled_images_are_near_the_whole_one(tiles):
+    """Tiles in other places, transposed or unblended: another image. Norms and attention over a tile shift little."""
     few, many = errors(tiles, 6, 4), errors(tiles, 4, 2)
     assert (few[1], many[1]) == (4, 9)
     assert 0 < few[0] < 0.12
@@ -152,6 +152,6 @@ def test_pixels_of_another_dtype(tiles):
     run = linear()
     tiles(4, 2, lambda *args: jnp.asarray(run(*args), jnp.bfloat16))
     tokens = latents(1, 8, 8)
-    picture = decode(types.SimpleNamespace(skeleton=None, arrays=None), tokens, (8, 8), tiled=True)
-    assert picture.dtype == np.float32
-    np.testing.assert_allclose(picture, linear()(None, None, tokens, (8, 8)), rtol=1e-2, atol=1e-2)
+    image = decode(types.SimpleNamespace(skeleton=None, arrays=None), tokens, (8, 8), tiled=True)
+    assert image.dtype == np.float32
+    np.testing.assert_allclose(image, linear()(None, None, tokens, (8, 8)), rtol=1e-2, atol=1e-2)

@@ -49,7 +49,7 @@ def official(main, text, img, text_scale, img_scale, kind, renorm_min):
 @pytest.mark.parametrize("img_scale", [0.0, 1.0, 2.0])
 @pytest.mark.parametrize("renorm_min", [0.0, 0.7, 1.0])
 def test_guidance_is_official(kind, text_scale, img_scale, renorm_min):
-    """Guided pictures are too strong, too weak, or guided away from the wrong thing."""
+    """Guided images are too strong, too weak, or guided away from the wrong thing."""
     args = text_scale, img_scale, kind, renorm_min
     ours = compiled(*velocities(), guidance(*args))
     np.testing.assert_allclose(ours, official(*velocities(), *args), rtol=1e-4, atol=1e-5)
@@ -83,14 +83,14 @@ def test_renorm_min_one_is_no_renorm():
 
 @pytest.mark.parametrize("kind", RENORM_TYPES)
 def test_equal_branches_change_nothing(kind):
-    """Guidance changes a picture although its contexts say nothing else."""
+    """Guidance changes an image although its contexts say nothing else."""
     main = velocities()[0]
     np.testing.assert_allclose(compiled(main, main, main, guidance(4.0, 2.0, kind, 0.0)), main, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", RENORM_TYPES)
 def test_velocity_of_zero(kind):
-    """A token that does not move turns the picture into NaN: its norm is divided by."""
+    """A token that does not move turns the image into NaN: its norm is divided by."""
     zero = np.zeros((6, 8), np.float32)
     main, text, img = velocities()
     for branches in ((zero, zero, zero), (zero, text, img), (main, text, zero)):
@@ -100,8 +100,8 @@ def test_velocity_of_zero(kind):
     assert np.isfinite(compiled(some, some, some, guidance(4.0, 2.0, kind, 0.0))).all()
 
 
-def test_branch_without_pictures_is_not_looked_at():
-    """With image guidance off, whatever stands in its branch gets into the picture."""
+def test_branch_without_images_is_not_looked_at():
+    """With image guidance off, whatever stands in its branch gets into the image."""
     main, text, img = velocities()
     for kind in RENORM_TYPES:
         for scale in (0.0, 0.5, 1.0):
@@ -124,7 +124,7 @@ def test_branches_are_on_where_guidance_needs_them():
 
 @pytest.mark.parametrize("kind", RENORM_TYPES)
 def test_padding_does_not_count(kind):
-    """A small picture beside a large one is padded, and its norms are taken over the padding too."""
+    """A small image beside a large one is padded, and its norms are taken over the padding too."""
     g = guidance(4.0, 2.0, kind)
     padded = [np.pad(v, ((0, 3), (0, 0))) for v in velocities()]
     np.testing.assert_allclose(compiled(*padded, g)[:6], compiled(*velocities(), g), rtol=1e-5, atol=1e-6)
@@ -132,7 +132,7 @@ def test_padding_does_not_count(kind):
 
 @pytest.mark.parametrize("kind", RENORM_TYPES)
 def test_regression_13_norms_are_per_request(kind):
-    """A picture depends on its neighbours in the batch: the norm is taken over all of them."""
+    """An image depends on its neighbours in the batch: the norm is taken over all of them."""
     g = guidance(4.0, 2.0, kind, 0.0)
     requests = [velocities(seed=0), [100 * v for v in velocities(seed=1)]]
     batch = [jnp.stack(v) for v in zip(*requests, strict=True)]

@@ -13,7 +13,7 @@ from denoising import Denoising
 from dense import behind, view_of
 from flax import nnx
 from serving import serve
-from small import CONFIG, model, new_model, new_stage, picture, weights
+from small import CONFIG, model, new_model, new_stage, random_image, weights
 
 from bagel_jax.diffusion.batch import batch_of, rows_of
 from bagel_jax.diffusion.decoder import decode_latents
@@ -34,7 +34,7 @@ BOTH = {"cfg_text_scale": 4.0, "cfg_img_scale": 2.0, "cfg_renorm_type": "text_ch
 def edit(steps=6, interval=(0.0, 1.0), **settings):
     """A prepared edit."""
     settings |= {"steps": steps, "cfg_interval": interval, "timestep_shift": 3.0}
-    return model().prepare(Request.create("img2img", "a red bench", picture(), request_id="edit", **settings))
+    return model().prepare(Request.create("img2img", "a red bench", random_image(), request_id="edit", **settings))
 
 
 @pytest.fixture(scope="module")
@@ -116,8 +116,8 @@ def test_compiled_loop_equals_a_plain_one(context, g):
 
 
 @pytest.mark.parametrize("kind", RENORM_TYPES)
-def test_a_picture_smaller_than_its_program_equals_a_plain_one(kind):
-    """Latents are padded to few sizes, and a picture depends on how far: padding is attended, or counts in a norm."""
+def test_a_image_smaller_than_its_program_equals_a_plain_one(kind):
+    """Latents are padded to few sizes, and an image depends on how far: padding is attended, or counts in a norm."""
     options = {"steps": 4, "height": 16, "width": 24, "cfg_text_scale": 9.0, "cfg_renorm_type": kind}
     prepared = model().prepare(Request.create("text2img", "a blue clock", request_id="small", **options))
     context = serve(new_stage(), prepared)["small"].context
@@ -141,7 +141,7 @@ def test_one_call_equals_single_evaluations(context, g):
 
 
 def test_in_pieces_or_at_once(context):
-    """A watched request, run step by step, makes another picture than an unwatched one."""
+    """A watched request, run step by step, makes another image than an unwatched one."""
     at_once = run(context, BOTH)[-1]
     for stops in (range(1, 6), (2, 5), (5,)):
         np.testing.assert_array_equal(run(context, BOTH, stops=stops)[-1], at_once)
@@ -158,7 +158,7 @@ def test_a_stop_already_reached_does_nothing(context):
 
 @pytest.mark.parametrize("view", [1, 2])
 def test_branches_that_are_off_do_not_matter(apart, view):
-    """A branch gets into the picture at steps at which it is off."""
+    """A branch gets into the image at steps at which it is off."""
     clean, dirty = apart, poisoned(apart, view)
     cases = [(OFF, (0.0, 1.0)), (BOTH, (0.0, 0.0)), (BOTH, (1.0, 1.0))]
     if view == 2:
@@ -171,7 +171,7 @@ def test_branches_that_are_off_do_not_matter(apart, view):
 
 
 def test_branches_are_off_at_single_steps(apart):
-    """A branch gets into the picture at all steps if it is on at one."""
+    """A branch gets into the image at all steps if it is on at one."""
     interval = (0.0, 0.7)  # of t = 1, 0.857, 0.6, 0: on at the last
     seen = run(poisoned(apart, 1), BOTH, 4, interval, stops=(1, 2, 3))
     assert [bool(np.isnan(x).any()) for x in seen] == [False, False, True]
@@ -195,8 +195,8 @@ class Counting:
     ("text_view", "img_view", "wanted"),
     [
         (1, 2, [1, 1, 2, 3]),  # an edit
-        (1, 0, [1, 1, 2, 2]),  # text2img: the context without pictures is the full one
-        (0, 1, [1, 1, 1, 2]),  # a prompt that ends in a picture
+        (1, 0, [1, 1, 2, 2]),  # text2img: the context without images is the full one
+        (0, 1, [1, 1, 1, 2]),  # a prompt that ends in an image
         (0, 0, [1, 1, 1, 1]),
     ],
 )
@@ -256,7 +256,7 @@ def test_other_settings_compile_nothing(context):
 
 
 def test_who_else_is_denoised_changes_nothing(context):
-    """A picture depends on size, settings or progress of those that it is denoised with."""
+    """An image depends on size, settings or progress of those that it is denoised with."""
     small = Request.create("text2img", "a blue clock", steps=3, height=16, width=24, cfg_text_scale=9.0)
     longer = Request.create("text2img", "one two", steps=9, seed=3, cfg_renorm_type="channel")
     others = [model().prepare(request) for request in (small, longer)]
@@ -273,7 +273,7 @@ def test_who_else_is_denoised_changes_nothing(context):
 
 
 def test_decoder_puts_tokens_in_their_place():
-    """A picture comes out turned, or cut into tiles in the wrong order."""
+    """An image comes out turned, or cut into tiles in the wrong order."""
     tokens = np.zeros((8, WIDTH), np.float32)
     drawn = np.random.RandomState(0).standard_normal((8, WIDTH)).astype(np.float32)
     both = np.asarray(decode_latents(weights().skeleton, weights().arrays, np.stack([tokens, drawn]), (2, 4)))
@@ -297,22 +297,22 @@ def latents(modality, *args, on=None, steps=4, **kwargs):
 
 @pytest.mark.parametrize("modality", ["text2img", "img2img"])
 def test_regression_3_the_prompt_matters(modality):
-    """The same picture comes out whatever the prompt, because the context never arrived."""
-    image = picture() if modality == "img2img" else None
+    """The same image comes out whatever the prompt, because the context never arrived."""
+    image = random_image() if modality == "img2img" else None
     first, second = (latents(modality, prompt, image, seed=3) for prompt in ("a red bench", "a blue clock"))
     assert np.abs(first - second).max() > 1e-3
     plain = [latents(modality, prompt, image, seed=3, cfg_text_scale=1.0) for prompt in ("a red bench", "a blue clock")]
     assert np.abs(plain[0] - plain[1]).max() > 1e-3
 
 
-def test_regression_3_the_picture_matters():
-    """An edit knows nothing of its picture."""
-    first, second = (latents("img2img", "a red bench", picture(seed), seed=3) for seed in (0, 1))
+def test_regression_3_the_image_matters():
+    """An edit knows nothing of its image."""
+    first, second = (latents("img2img", "a red bench", random_image(seed), seed=3) for seed in (0, 1))
     assert np.abs(first - second).max() > 1e-3
 
 
 def test_inputs_that_matter():
-    """Seed, negative prompt or thought have no effect on the picture."""
+    """Seed, negative prompt or thought have no effect on the image."""
     plain = latents("text2img", "a red bench")
     assert np.abs(latents("text2img", "a red bench", seed=1) - plain).max() > 1e-1
     assert np.abs(latents("text2img", "a red bench", negative_prompt="a blue clock") - plain).max() > 1e-3
@@ -322,7 +322,7 @@ def test_inputs_that_matter():
 
 def everything(on):
     """One request of each kind: text and latents."""
-    image = picture()
+    image = random_image()
     results = [
         on.generate("text2img", "a red bench", steps=4),
         on.generate("img2img", "a red bench", image, steps=4),
@@ -343,9 +343,9 @@ def assert_same(ours, theirs) -> None:
 
 
 def test_regression_7_nothing_leaks_into_later_requests():
-    """After an edit, plain questions are answered with ""; a request's picture depends on those before it."""
+    """After an edit, plain questions are answered with ""; a request's image depends on those before it."""
     first = everything(model())
-    latents("img2img", "other", picture(5), seed=9, cfg_img_scale=3.0, cfg_renorm_type="global")
+    latents("img2img", "other", random_image(5), seed=9, cfg_img_scale=3.0, cfg_renorm_type="global")
     latents("text2img", "other words here", think=True, max_think_tokens=9, steps=7)
     model().generate("text2text", "something long " * 20, max_tokens=30, do_sample=True, seed=4)
     assert_same(everything(model()), first)
@@ -376,21 +376,21 @@ def test_regression_10_evaluations_are_counted():
 
 def test_regression_11_two_steps():
     """The smallest number of steps ends in NaN."""
-    assert np.isfinite(latents("img2img", "a", picture(), steps=2)).all()
+    assert np.isfinite(latents("img2img", "a", random_image(), steps=2)).all()
     assert np.isfinite(latents("text2img", "a", steps=2, cfg_interval=(0.0, 0.0))).all()
 
 
 def test_regression_30_given_noise_is_used():
-    """Noise that was given is not what denoising starts from: pictures cannot be compared between programs."""
-    prepared = model().prepare(Request.create("img2img", "a", picture(), seed=8))
+    """Noise that was given is not what denoising starts from: images cannot be compared between programs."""
+    prepared = model().prepare(Request.create("img2img", "a", random_image(), seed=8))
     given = {"latent": prepared.initial_latent, "vae_0": prepared.posterior_noise[0].transpose(2, 0, 1)[None]}
-    own = latents("img2img", "a", picture(), seed=8)
-    np.testing.assert_array_equal(latents("img2img", "a", picture(), seed=1, init_noise=given), own)
-    assert np.abs(latents("img2img", "a", picture(), seed=1) - own).max() > 1e-1
+    own = latents("img2img", "a", random_image(), seed=8)
+    np.testing.assert_array_equal(latents("img2img", "a", random_image(), seed=1, init_noise=given), own)
+    assert np.abs(latents("img2img", "a", random_image(), seed=1) - own).max() > 1e-1
 
 
 def test_latents_that_are_not_finite_are_an_error():
-    """A black picture is written as if all were well."""
+    """A black image is written as if all were well."""
     huge = {"latent": np.full((TOKENS, WIDTH), 3e38, np.float32)}
     with pytest.raises(FloatingPointError, match="not finite"):
         latents("text2img", "a", init_noise=huge, cfg_text_scale=1e4)

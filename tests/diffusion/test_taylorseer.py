@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import io_callback
-from small import model, picture
+from small import model, random_image
 
 from bagel_jax.diffusion import loop
 from bagel_jax.diffusion.taylorseer import Course, expand, update
@@ -195,14 +195,14 @@ def test_rows_have_distances_and_terms_of_their_own():
 
 def request(modality: str = "img2img", **settings):
     """A prepared request with TaylorSeer."""
-    image = picture() if modality == "img2img" else None
+    image = random_image() if modality == "img2img" else None
     usual = {"taylorseer": True, "steps": 21, "timestep_shift": 1.0, "request_id": "seer"}
     return model().prepare(Request.create(modality, "a red bench", image, **usual | settings))
 
 
 @pytest.fixture(scope="module")
 def contexts():
-    """What is known on the host of the contexts of an edit and of a picture from a text, with no pages in them."""
+    """What is known on the host of the contexts of an edit and of an image from a text, with no pages in them."""
     made = {}
     for modality, sizes in (("img2img", {}), ("text2img", {"height": 32, "width": 32})):
         prepared = request(modality, **sizes)
@@ -268,7 +268,7 @@ def test_without_taylorseer_calls_end_with_the_interval(contexts):
 
 
 def test_a_branch_that_begins_later_has_a_view_of_its_own(contexts):
-    """Text to picture: the branch without pictures sees what the full one does, but is forecast at other steps."""
+    """Text to image: the branch without images sees what the full one does, but is forecast at other steps."""
     context = contexts["text2img"]
     assert (len(context.length), context.text_view, context.img_view) == (2, 1, 0)
     late = {"height": 32, "width": 32, "cfg_interval": (0.0, 0.8), "cfg_img_scale": 2.0}
@@ -304,7 +304,7 @@ def test_restart(contexts):
     assert calls(work) == before
 
 
-def test_forecast_pictures_equal_the_official_formulas(monkeypatch):
+def test_forecast_images_equal_the_official_formulas(monkeypatch):
     """The stage feeds the formulas with another step's distance, or adds a forecast to the wrong view's velocity."""
     how = {"taylorseer_interval": 3, "taylorseer_order": 2, "taylorseer_first": 2}
     forecast = request(steps=9, cfg_interval=(0.0, 0.9), timestep_shift=2.0, **how)

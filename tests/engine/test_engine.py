@@ -8,7 +8,7 @@ import dataclasses
 import numpy as np
 import pytest
 from mixed_load import empty, mixed, same
-from small import new_model, picture
+from small import new_model, random_image
 
 from bagel_jax.diffusion import loop
 from bagel_jax.errors import InputError
@@ -20,7 +20,7 @@ SIZES = {"height": 32, "width": 32}
 
 @pytest.mark.parametrize("order", ["as they are", "reversed"])
 def test_regressions_1_3_13_25_32_34_each_equals_its_solo_run(bagel, alone, order):
-    """Metadata from a FIFO, norms over the batch, sizes that do not fit: a request gets another's picture."""
+    """Metadata from a FIFO, norms over the batch, sizes that do not fit: a request gets another's image."""
     requests = mixed(12)
     if order == "reversed":
         requests.reverse()
@@ -46,7 +46,7 @@ def test_stages_have_batch_sizes_of_their_own(alone, ar, dit):
 
     stages[0].step = counting(0, lambda: len(stages[0].scheduler.running))
     stages[1].step = counting(1, lambda: dit - stages[1].free_slots)
-    some = [request for request in mixed(12) if request.makes_picture][:5] if dit != 2 else mixed(12)
+    some = [request for request in mixed(12) if request.makes_image][:5] if dit != 2 else mixed(12)
     for request, result in made.run_many(some):
         same(result, alone[request.request_id])
     assert 1 <= most[0] <= ar
@@ -59,7 +59,7 @@ def test_stages_have_batch_sizes_of_their_own(alone, ar, dit):
 def test_the_stages_overlap():
     """Stage 0 waits while stage 1 works: every request costs the sum of both."""
     made = new_model(prefix_cache=False, dit_max_num_seqs=1)
-    requests = [Request.create("img2img", f"number {i}", picture(i), steps=30, seed=i) for i in range(6)]
+    requests = [Request.create("img2img", f"number {i}", random_image(i), steps=30, seed=i) for i in range(6)]
     list(made.run_many(requests))  # compiles
     made.engine.work.clear()
     list(made.run_many([dataclasses.replace(r, request_id=f"again {i}") for i, r in enumerate(requests)]))
@@ -71,7 +71,7 @@ def test_the_stages_overlap():
 
 
 def test_text2img_runs_two_branches_not_three(bagel, monkeypatch):
-    """text2img with cfg_img_scale above 1 computes the context without pictures, which it shares with the full one."""
+    """text2img with cfg_img_scale above 1 computes the context without images, which it shares with the full one."""
     rows = rows_seen(monkeypatch)
     bagel.generate("text2img", "a red bench", **SIZES, steps=4, cfg_img_scale=2.0, cfg_interval=(0.0, 1.0))
     assert rows == [2]
@@ -79,7 +79,7 @@ def test_text2img_runs_two_branches_not_three(bagel, monkeypatch):
     bagel.generate("text2img", "a red bench", **SIZES, steps=10, timestep_shift=1.0, cfg_interval=(0.5, 1.0))
     assert rows == [2, 1]  # one call with guidance, one without
     rows.clear()
-    bagel.generate("img2img", "a red bench", picture(), steps=4)
+    bagel.generate("img2img", "a red bench", random_image(), steps=4)
     assert rows == [3]
 
 
@@ -95,9 +95,9 @@ def rows_seen(monkeypatch) -> list[int]:
     return rows
 
 
-def test_img2img_prefills_its_picture_once(bagel):
-    """Each of three guidance branches prefills the picture again."""
-    prepared = bagel.prepare(Request.create("img2img", "a red bench", picture()))
+def test_img2img_prefills_its_image_once(bagel):
+    """Each of three guidance branches prefills the image again."""
+    prepared = bagel.prepare(Request.create("img2img", "a red bench", random_image()))
     result = bagel.run(prepared)
     plan = prepared.plan
     text = plan.main.length - plan.text.length
@@ -175,13 +175,14 @@ def test_unknown_device():
 
 def test_regression_7_nothing_is_left_of_taylorseer(bagel):
     """After one request with TaylorSeer every later one is forecast too, or starts from the other's expansion."""
-    plain = Request.create("img2img", "a bench", picture(), steps=9, request_id="plain")
+    plain = Request.create("img2img", "a bench", random_image(), steps=9, request_id="plain")
     before = bagel.run(plain)
     forecast = {"taylorseer": True, "taylorseer_first": 2}
-    first = bagel.generate("img2img", "another", picture(1), steps=12, seed=3, **forecast)
+    first = bagel.generate("img2img", "another", random_image(1), steps=12, seed=3, **forecast)
     np.testing.assert_array_equal(bagel.run(plain).latents, before.latents)
-    second = bagel.generate("img2img", "another", picture(1), steps=12, seed=3, **forecast)
+    second = bagel.generate("img2img", "another", random_image(1), steps=12, seed=3, **forecast)
     np.testing.assert_array_equal(first.latents, second.latents)
     assert (
-        np.abs(first.latents - bagel.generate("img2img", "another", picture(1), steps=12, seed=3).latents).max() > 1e-4
+        np.abs(first.latents - bagel.generate("img2img", "another", random_image(1), steps=12, seed=3).latents).max()
+        > 1e-4
     )

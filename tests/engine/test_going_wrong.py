@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 from mixed_load import empty, mixed, same
-from small import CONFIG, new_model, picture
+from small import CONFIG, new_model, random_image
 
 from bagel_jax.ar.stage import Finished
 from bagel_jax.diffusion import loop
@@ -37,8 +37,8 @@ def test_regression_5_a_failure_is_told_at_once(bagel, monkeypatch):
 
 
 def test_not_a_number_fails_alone(bagel, alone):
-    """One request with unusable noise takes its neighbours with it, or gets a black picture."""
-    requests = [r for r in mixed(12) if r.makes_picture]
+    """One request with unusable noise takes its neighbours with it, or gets a black image."""
+    requests = [r for r in mixed(12) if r.makes_image]
     noise = {"latent": np.full((64, CONFIG.latent_dim), 3e38, np.float32)}
     bad = bagel.submit(Request.create("text2img", "a bench", **SIZES, steps=4, init_noise=noise))
     handles = [bagel.submit(request) for request in requests]
@@ -60,7 +60,7 @@ def test_a_device_error_in_stage_1_fails_alone(bagel, alone, monkeypatch):
         return denoise(static, arrays, state, batch, *rest)
 
     monkeypatch.setattr(loop, "denoise", failing)
-    requests = [r for r in mixed(12) if r.makes_picture and bagel.prepare(r).initial_latent.shape[0] != 35]
+    requests = [r for r in mixed(12) if r.makes_image and bagel.prepare(r).initial_latent.shape[0] != 35]
     handles = [bagel.submit(request) for request in requests[:2]]
     bad = bagel.submit(Request.create("text2img", "a bench", height=20, width=28, steps=5))
     handles += [bagel.submit(request) for request in requests[2:]]
@@ -83,7 +83,7 @@ def test_a_device_error_in_stage_0_fails_alone(bagel, alone, monkeypatch):
     monkeypatch.setattr(bagel.engine.ar, "_dispatch", failing)
     requests = mixed(12)
     handles = [bagel.submit(request) for request in requests[:6]]
-    bad = bagel.submit(Request.create("img2text", "a bench", picture(), max_tokens=4, request_id="bad"))
+    bad = bagel.submit(Request.create("img2text", "a bench", random_image(), max_tokens=4, request_id="bad"))
     handles += [bagel.submit(request) for request in requests[6:]]
     with pytest.raises(RuntimeError, match="out of memory"):
         bad.result(timeout=120)
@@ -136,7 +136,7 @@ def test_a_fault_of_ours_hangs_nobody(bagel, monkeypatch):
 
 def test_an_id_may_be_taken_again_after_a_cancel(bagel, alone):
     """What is left of a cancelled request takes the place of the next one with its id, or keeps it waiting for ever."""
-    request = next(r for r in mixed(12) if r.makes_picture)
+    request = next(r for r in mixed(12) if r.makes_image)
     for pause in (0, 0, 0.01, 0.05, 0.1):
         first = bagel.submit(request)
         time.sleep(pause)
@@ -209,7 +209,7 @@ def test_a_context_that_cannot_be_moved_fails_alone(bagel, alone, monkeypatch):
         return take(request_id)
 
     monkeypatch.setattr(bagel.engine.ar, "take", failing)
-    requests = [r for r in mixed(12) if r.makes_picture][:3]
+    requests = [r for r in mixed(12) if r.makes_image][:3]
     bad = Request.create("text2img", "a bench", **SIZES, steps=3, request_id="bad")
     handles = [bagel.submit(request) for request in (bad, *requests)]
     with pytest.raises(RuntimeError, match="out of memory"):

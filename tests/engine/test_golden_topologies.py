@@ -16,12 +16,12 @@ def model(request, tiny_dir):
 
 
 @pytest.mark.parametrize("name", ["text2img", "text2img_taylorseer", "text2img_think"])
-def test_pictures(model, cases_dir, name):
-    """The engine, one of its topologies, or TaylorSeer changes a picture."""
+def test_images(model, cases_dir, name):
+    """The engine, one of its topologies, or TaylorSeer changes an image."""
     case = Case.read(cases_dir, name)
     result = model.run(case.request())
     assert relative_error(result.latents, case.arrays["final_latent"]) < 1e-4
-    assert np.abs(np.asarray(result.image, np.int32) - case.picture).max() <= 1
+    assert np.abs(np.asarray(result.image, np.int32) - case.image).max() <= 1
     assert [result.text] == (case.texts or [None])
 
 

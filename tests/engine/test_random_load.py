@@ -23,7 +23,7 @@ def random_request(i: int, random: np.random.RandomState) -> Request:
     height, width = (int(side) for side in random.choice(SIDES, 2))
     image = None
     if modality.startswith("img"):
-        # The resize for edits makes the shorter side 512, so that larger pictures would be all alike.
+        # The resize for edits makes the shorter side 512, so that larger images would be all alike.
         pixels = random.randint(0, 256, (min(height, 160), min(width, 160), 3)).astype(np.uint8)
         image = Image.fromarray(pixels)
     if not modality.endswith("img"):
@@ -63,8 +63,8 @@ def test_random_load(tiny_dir):
     for request, ours in zip(requests, results, strict=True):
         theirs = model.run(dataclasses.replace(request, request_id=f"{request.request_id} alone"))
         assert ours.text == theirs.text
-        assert (ours.latents is None) == (theirs.latents is None) == (not request.makes_picture)
-        if request.makes_picture:
+        assert (ours.latents is None) == (theirs.latents is None) == (not request.makes_image)
+        if request.makes_image:
             assert ours.image.size == theirs.image.size
             error = np.linalg.norm(ours.latents - theirs.latents) / np.linalg.norm(theirs.latents)
             assert error < 1e-4, request

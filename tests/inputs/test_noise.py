@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 import pytest
-from small import CONFIG, model, picture
+from small import CONFIG, model, random_image
 
 from bagel_jax.inputs import noise
 from bagel_jax.inputs.prepare import prepare
@@ -19,7 +19,7 @@ def prepared(modality, *args, **kwargs):
 
 
 def test_regression_30_the_stream_is_frozen():
-    """The same seed makes another picture after an unrelated change of where noise is drawn."""
+    """The same seed makes another image after an unrelated change of where noise is drawn."""
     small = noise.initial_latent(0, 4, 8)
     assert small.dtype == np.float32
     assert small[0, :3].tolist() == [-0.36259031295776367, -0.4159747362136841, 0.9548649191856384]
@@ -41,7 +41,7 @@ def test_regression_30_the_stream_is_frozen():
 
 
 def test_regression_30_noise_depends_on_seed_and_shape_alone():
-    """A reworded prompt, a thought or a negative prompt makes a wholly other picture for the same seed."""
+    """A reworded prompt, a thought or a negative prompt makes a wholly other image for the same seed."""
     wanted = noise.initial_latent(7, 64, CONFIG.latent_dim)
     kwargs = {"height": 32, "width": 32, "seed": 7}
     for request in (
@@ -49,22 +49,22 @@ def test_regression_30_noise_depends_on_seed_and_shape_alone():
         prepared("text2img", "another prompt", **kwargs, steps=7, cfg_text_scale=1.0),
         prepared("text2img", "a", **kwargs, think=True, negative_prompt="b"),
         prepared("text2img", "a", seed=7),
-        prepared("img2img", "a", picture(), seed=7),
-        prepared("img2img", "a", [picture(1), picture(2)], seed=7, think=True),
+        prepared("img2img", "a", random_image(), seed=7),
+        prepared("img2img", "a", [random_image(1), random_image(2)], seed=7, think=True),
     ):
         assert np.array_equal(request.initial_latent, wanted)
 
 
-def test_regression_30_posterior_depends_on_the_picture_number_alone():
-    """A second picture changes how the first one is encoded."""
-    one = prepared("img2img", "a", picture(), seed=7)
-    two = prepared("img2img", "another", [picture(), picture(1, 40, 20)], seed=7)
+def test_regression_30_posterior_depends_on_the_image_number_alone():
+    """A second image changes how the first one is encoded."""
+    one = prepared("img2img", "a", random_image(), seed=7)
+    two = prepared("img2img", "another", [random_image(), random_image(1, 40, 20)], seed=7)
     assert np.array_equal(one.posterior_noise[0], two.posterior_noise[0])
     assert np.array_equal(two.posterior_noise[1], noise.posterior(7, 1, *two.posterior_noise[1].shape))
 
 
 def test_draws_differ():
-    """All requests start from the same noise, or two pictures share theirs."""
+    """All requests start from the same noise, or two images share theirs."""
     draws = [
         noise.initial_latent(0, 16, 4),
         noise.initial_latent(1, 16, 4),
@@ -79,7 +79,7 @@ def test_draws_differ():
 
 
 def test_noise_is_standard_normal():
-    """Pictures are washed out or burnt: the noise is too weak or too strong."""
+    """Images are washed out or burnt: the noise is too weak or too strong."""
     x = noise.initial_latent(3, 4096, 64)
     assert abs(x.mean()) < 0.01
     assert x.std() == pytest.approx(1, abs=0.01)

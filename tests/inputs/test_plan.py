@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bagel_jax.handoff import branches, tables
-from bagel_jax.inputs.plan import Contexts, PictureGrids, Placed, Text, VaeImage, View, VitImage, contexts, place, plan
+from bagel_jax.inputs.plan import Contexts, ImageGrids, Placed, Text, VaeImage, View, VitImage, contexts, place, plan
 
 A, B, SYSTEM, NEGATIVE = (
     Text((1, 10, 11, 2)),
@@ -14,7 +14,7 @@ A, B, SYSTEM, NEGATIVE = (
     Text((1, 30, 2)),
     Text((1, 40, 41, 42, 43, 2)),
 )
-FIRST, SECOND = PictureGrids(0, (2, 3), (4, 5)), PictureGrids(1, (3, 3), (2, 2))
+FIRST, SECOND = ImageGrids(0, (2, 3), (4, 5)), ImageGrids(1, (3, 3), (2, 2))
 VAE0, VIT0 = VaeImage(0, 4, 5), VitImage(0, 2, 3)  # 22 and 8 tokens
 VAE1, VIT1 = VaeImage(1, 2, 2), VitImage(1, 3, 3)  # 6 and 11 tokens
 
@@ -24,7 +24,7 @@ def planned(*inputs, **kwargs):
 
 
 def test_regression_12_text_free_context_is_empty():
-    """Guidance pushes away from an empty prompt in markers instead of from no prompt: other pictures."""
+    """Guidance pushes away from an empty prompt in markers instead of from no prompt: other images."""
     assert contexts([A]) == Contexts(main=(A,), text=(), img=(A,))
     made = planned(A)
     assert made.text == View(0, 0, 0)
@@ -33,7 +33,7 @@ def test_regression_12_text_free_context_is_empty():
 
 
 def test_edit():
-    """An edit's guidance contexts hold the wrong things, or the picture is computed twice."""
+    """An edit's guidance contexts hold the wrong things, or the image is computed twice."""
     assert contexts([FIRST, A]) == Contexts(main=(VAE0, VIT0, A), text=(VAE0, VIT0), img=(A,))
     made = planned(FIRST, A)
     assert made.builds[0].compute == (Placed(VAE0, 0, 0), Placed(VIT0, 22, 1), Placed(A, 30, 2))
@@ -43,8 +43,8 @@ def test_edit():
     assert len(made.builds) == 2
 
 
-def test_edit_of_two_pictures():
-    """The second picture is put where the first is, or is missing from the context without text."""
+def test_edit_of_two_images():
+    """The second image is put where the first is, or is missing from the context without text."""
     assert contexts([FIRST, SECOND, A]).text == (VAE0, VIT0, VAE1, VIT1)
     made = planned(FIRST, SECOND, A)
     starts = [(p.segment, p.kv_start, p.kv_end, p.rope) for p in made.builds[0].compute]
@@ -53,7 +53,7 @@ def test_edit_of_two_pictures():
 
 
 def test_regression_23_order_of_the_prompt_is_kept():
-    """ "First text, picture, second text" is read with the picture first."""
+    """ "First text, image, second text" is read with the image first."""
     wanted = contexts([A, FIRST, B])
     assert wanted == Contexts(main=(A, VAE0, VIT0, B), text=(A, VAE0, VIT0), img=(A, B))
     made = planned(A, FIRST, B)
@@ -62,8 +62,8 @@ def test_regression_23_order_of_the_prompt_is_kept():
     assert (made.main, made.text, made.img) == (View(0, 39, 11), View(0, 34, 6), View(1, 9, 9))
 
 
-def test_picture_last():
-    """A prompt that ends in a picture: the official context without the last text is then the full one."""
+def test_image_last():
+    """A prompt that ends in an image: the official context without the last text is then the full one."""
     assert contexts([A, FIRST]) == Contexts(main=(A, VAE0, VIT0), text=(A, VAE0, VIT0), img=(A,))
     made = planned(A, FIRST)
     assert len(made.builds) == 1
@@ -78,8 +78,8 @@ def test_several_texts_in_a_row():
 
 
 def test_understanding_has_no_latent_block():
-    """A question about a picture pays for the autoencoder, and the model sees tokens it was not trained to see."""
-    made = planned(PictureGrids(0, (2, 3), None), A)
+    """A question about an image pays for the autoencoder, and the model sees tokens it was not trained to see."""
+    made = planned(ImageGrids(0, (2, 3), None), A)
     assert made.builds[0].compute == (Placed(VIT0, 0, 0), Placed(A, 8, 1))
     assert made.main == View(0, 12, 5)
 
@@ -116,15 +116,15 @@ def test_negative_prompt_equal_to_the_prompt():
 
 
 def test_regression_21_a_block_has_one_position():
-    """Everything behind a picture lies at positions that the model has never seen so far out."""
-    big = PictureGrids(0, (70, 70), (64, 64))
+    """Everything behind an image lies at positions that the model has never seen so far out."""
+    big = ImageGrids(0, (70, 70), (64, 64))
     assert [p.rope for p in place(contexts([big, A, B]).main)] == [0, 1, 2, 6]
     assert VitImage(0, 70, 70).num_tokens == 4902
     assert VaeImage(0, 64, 64).num_tokens == 4098
 
 
 def test_vit_and_latent_blocks_are_not_mixed_up():
-    """Two kinds of block of one picture with equal grids pass for the same: one gets the other's cache."""
+    """Two kinds of block of one image with equal grids pass for the same: one gets the other's cache."""
     assert VitImage(0, 2, 2) != VaeImage(0, 2, 2)
     assert VitImage(0, 2, 2) != VitImage(1, 2, 2)
 
@@ -165,7 +165,7 @@ def prompts(draw):
     with_latents = draw(st.booleans())
     inputs = []
     for i, item in enumerate(draw(st.lists(texts | st.none(), max_size=6))):
-        inputs.append(item or PictureGrids(i, draw(grid), draw(grid) if with_latents else None))
+        inputs.append(item or ImageGrids(i, draw(grid), draw(grid) if with_latents else None))
     return inputs, {"system": draw(st.none() | texts), "negative": draw(st.none() | texts)}
 
 
@@ -209,7 +209,7 @@ def test_every_view_sees_its_context(prompt):
 @settings(deadline=None, max_examples=200)
 @given(prompts())
 def test_nothing_is_computed_twice(prompt):
-    """An edit pays for its pictures once a guidance branch."""
+    """An edit pays for its images once a guidance branch."""
     inputs, extra = prompt
     wanted = contexts(inputs, **extra)
     made = plan(wanted)
@@ -221,7 +221,7 @@ def test_nothing_is_computed_twice(prompt):
 @settings(deadline=None, max_examples=100)
 @given(prompts())
 def test_contexts_follow_the_official_loop(prompt):
-    """The contexts of a prompt with several pictures and texts are not the official ones."""
+    """The contexts of a prompt with several images and texts are not the official ones."""
     inputs, extra = prompt
     main = [extra["system"]] if extra["system"] else []
     img, text = list(main), []
@@ -232,8 +232,8 @@ def test_contexts_follow_the_official_loop(prompt):
             img.append(item)
         else:
             if item.vae:
-                main.append(VaeImage(item.picture, *item.vae))
-            main.append(VitImage(item.picture, *item.vit))
+                main.append(VaeImage(item.image, *item.vae))
+            main.append(VitImage(item.image, *item.vit))
             text = list(main)
     text += [extra["negative"]] if extra["negative"] else []
     assert contexts(inputs, **extra) == Contexts(tuple(main), tuple(text), tuple(img))

@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from small import CONFIG, model, picture
+from small import CONFIG, model, random_image
 
 from bagel_jax.errors import InputError
 from bagel_jax.inputs.plan import Text, VaeImage, VitImage
@@ -19,7 +19,7 @@ OFFICIAL_TEXT = (
     "The reasoning process is enclosed within <think> </think> tags, i.e. <think> reasoning process here </think> "
     "answer here"
 )
-OFFICIAL_PICTURE = (
+OFFICIAL_IMAGE = (
     "You should first think about the planning process in the mind and then generate the image. \n"
     "The planning process is enclosed within <think> </think> tags, i.e. <think> planning process here </think> "
     "image here"
@@ -41,34 +41,34 @@ def text(prompt):
 def test_regression_33_system_prompts_are_official():
     """Think mode does not think: its system prompt is not the one of training."""
     assert THINK_PROMPTS["text"] == OFFICIAL_TEXT
-    assert THINK_PROMPTS["picture"] == OFFICIAL_PICTURE
+    assert THINK_PROMPTS["image"] == OFFICIAL_IMAGE
     assert ". \n" in OFFICIAL_TEXT
-    assert ". \n" in OFFICIAL_PICTURE
+    assert ". \n" in OFFICIAL_IMAGE
 
 
 @pytest.mark.parametrize(
     ("modality", "official"),
     [
-        ("text2img", OFFICIAL_PICTURE),
-        ("img2img", OFFICIAL_PICTURE),
+        ("text2img", OFFICIAL_IMAGE),
+        ("img2img", OFFICIAL_IMAGE),
         ("img2text", OFFICIAL_TEXT),
         ("text2text", OFFICIAL_TEXT),
     ],
 )
 def test_regression_33_think_mode_has_its_system_prompt(modality, official):
     """Think mode without its system prompt, or with that of the other kind of output: no thinking."""
-    image = picture() if modality.startswith("img") else None
+    image = random_image() if modality.startswith("img") else None
     thinking = segments(prepared(modality, "a", image, think=True))
     assert thinking[0] == text(official)
     assert thinking[1:] == segments(prepared(modality, "a", image))
 
 
 def test_regression_22_no_placeholder_tokens():
-    """Placeholders of pictures stay in the text, beside the picture itself."""
+    """Placeholders of images stay in the text, beside the image itself."""
     tokenizer = model().tokenizer
     placeholders = set(tokenizer.prompt("<|image_pad|><|vision_pad|><|vision_start|><|vision_end|>")[1:-1])
     assert len(placeholders) == 4
-    made = prepared("img2img", inputs=["a", picture(), "b"], think=True)
+    made = prepared("img2img", inputs=["a", random_image(), "b"], think=True)
     for build in made.plan.builds:
         for placed in build.compute:
             if isinstance(placed.segment, Text):
@@ -76,60 +76,60 @@ def test_regression_22_no_placeholder_tokens():
 
 
 def test_regression_23_order_is_kept():
-    """A picture in the middle of a prompt moves to its beginning."""
-    made = segments(prepared("img2img", inputs=["a", picture(0), "b", picture(1), "c"]))
+    """An image in the middle of a prompt moves to its beginning."""
+    made = segments(prepared("img2img", inputs=["a", random_image(0), "b", random_image(1), "c"]))
     assert [type(s) for s in made] == [Text, VaeImage, VitImage, Text, VaeImage, VitImage, Text]
-    assert [s.picture for s in made if not isinstance(s, Text)] == [0, 0, 1, 1]
+    assert [s.image for s in made if not isinstance(s, Text)] == [0, 0, 1, 1]
     assert [s for s in made if isinstance(s, Text)] == [text("a"), text("b"), text("c")]
 
 
-def test_regression_25_pictures_of_different_sizes():
-    """Two pictures of different sizes in one request crash, or one gets the other's grid."""
-    made = prepared("img2img", "a", [picture(0, 40, 40), picture(1, 80, 40)])
-    assert [p.size for p in made.pictures] == [(32, 32), (16, 32)]
+def test_regression_25_images_of_different_sizes():
+    """Two images of different sizes in one request crash, or one gets the other's grid."""
+    made = prepared("img2img", "a", [random_image(0, 40, 40), random_image(1, 80, 40)])
+    assert [p.size for p in made.images] == [(32, 32), (16, 32)]
     blocks = [(s.rows, s.columns) for s in segments(made) if isinstance(s, VaeImage)]
     assert blocks == [(8, 8), (4, 8)]
     assert [n.shape for n in made.posterior_noise] == [(16, 16, 4), (8, 16, 4)]
     grids = [(s.rows, s.columns) for s in segments(made) if isinstance(s, VitImage)]
-    assert grids == [p.vit_grid for p in made.pictures]
-    assert [len(p.vit_patches) for p in made.pictures] == [rows * columns for rows, columns in grids]
+    assert grids == [p.vit_grid for p in made.images]
+    assert [len(p.vit_patches) for p in made.images] == [rows * columns for rows, columns in grids]
 
 
-def test_an_edit_has_the_last_pictures_size():
-    """An edit of two pictures comes out in the size of the first."""
-    made = prepared("img2img", "a", [picture(0, 40, 40), picture(1, 80, 40)])
+def test_an_edit_has_the_last_images_size():
+    """An edit of two images comes out in the size of the first."""
+    made = prepared("img2img", "a", [random_image(0, 40, 40), random_image(1, 80, 40)])
     assert (made.image_size, made.latent_grid, made.initial_latent.shape) == ((16, 32), (4, 8), (32, 16))
 
 
 def test_regression_27_a_requested_size_of_an_edit_is_answered():
     """The requested size of an edit is ignored without a word."""
-    made = prepared("img2img", "a", picture(0, 80, 40), height=64, width=64)
+    made = prepared("img2img", "a", random_image(0, 80, 40), height=64, width=64)
     assert made.image_size == (16, 32)
     (note,) = made.notes
     assert "height and width not used" in note
     assert "32x16 (width x height)" in note
-    (note,) = prepared("img2img", "a", picture(), width=64).notes
+    (note,) = prepared("img2img", "a", random_image(), width=64).notes
     assert note.startswith("width not used")
-    assert prepared("img2img", "a", picture()).notes == ()
+    assert prepared("img2img", "a", random_image()).notes == ()
 
 
 def test_understanding_uses_no_autoencoder():
-    """A question about a picture is slow, and answered from tokens that the model does not expect."""
-    made = prepared("img2text", "a", picture())
+    """A question about an image is slow, and answered from tokens that the model does not expect."""
+    made = prepared("img2text", "a", random_image())
     assert [type(s) for s in segments(made)] == [VitImage, Text]
     assert made.posterior_noise == ()
     assert made.initial_latent is made.image_size is made.latent_grid is None
 
 
 def test_understanding_computes_one_context():
-    """A question about a picture prefills its text twice: once more for a guidance branch that never runs."""
-    assert len(prepared("img2text", "a", picture()).plan.builds) == 1
-    assert len(prepared("img2text", "a", picture(), think=True).plan.builds) == 1
+    """A question about an image prefills its text twice: once more for a guidance branch that never runs."""
+    assert len(prepared("img2text", "a", random_image()).plan.builds) == 1
+    assert len(prepared("img2text", "a", random_image(), think=True).plan.builds) == 1
     assert len(prepared("text2text", "a").plan.builds) == 1
 
 
 def test_text2img_size():
-    """A picture comes out turned by 90 degrees or in another size than asked for."""
+    """An image comes out turned by 90 degrees or in another size than asked for."""
     made = prepared("text2img", "a", height=16, width=24)
     assert (made.image_size, made.latent_grid, made.initial_latent.shape) == ((16, 24), (4, 6), (24, 16))
     assert prepared("text2img", "a").image_size == (32, 32)
@@ -137,10 +137,10 @@ def test_text2img_size():
 
 
 def test_default_size_of_a_large_model():
-    """Without a size, the published model makes the largest picture instead of 1024 x 1024."""
+    """Without a size, the published model makes the largest image instead of 1024 x 1024."""
     config = dataclasses.replace(CONFIG, max_latent_size=1000)
     request = Request.create("text2img", "a")
-    assert request.picture_size(config) == (1024, 1024)
+    assert request.image_size(config) == (1024, 1024)
 
 
 @pytest.mark.parametrize(("name", "value"), [("height", 30), ("width", 36), ("height", 2), ("width", 1024)])
@@ -177,9 +177,9 @@ def given_noise(**changes):
 
 
 def test_given_noise_is_used_as_it_is():
-    """Noise from another program is scaled, reordered or replaced: its picture cannot be reproduced."""
+    """Noise from another program is scaled, reordered or replaced: its image cannot be reproduced."""
     arrays = given_noise()
-    made = prepared("img2img", "a", picture(), init_noise=arrays, seed=5)
+    made = prepared("img2img", "a", random_image(), init_noise=arrays, seed=5)
     assert made.initial_latent.dtype == np.float32
     assert np.array_equal(made.initial_latent, arrays["latent"].astype(np.float32))
     channels_first = made.posterior_noise[0].transpose(2, 0, 1)
@@ -201,14 +201,14 @@ def test_given_noise_is_used_as_it_is():
 def test_given_noise_that_does_not_fit(changes, message):
     """Noise of another request is broadcast or cut instead of refused."""
     with pytest.raises(InputError) as error:
-        prepared("img2img", "a", picture(), init_noise=given_noise(**changes))
+        prepared("img2img", "a", random_image(), init_noise=given_noise(**changes))
     assert str(error.value) == message
 
 
 def test_positions_use_the_models_tables():
-    """Positions are laid out for another table than the model's: pictures fall apart."""
+    """Positions are laid out for another table than the model's: images fall apart."""
     assert latent_positions((2, 2), CONFIG).tolist() == [0, 1, 8, 9]
-    made = prepared("img2img", "a", picture(0, 80, 40)).pictures[0]
+    made = prepared("img2img", "a", random_image(0, 80, 40)).images[0]
     rows, columns = made.vit_grid
     wanted = [row * 4 + column for row in range(rows) for column in range(columns)]
     assert vit_positions(made, CONFIG).tolist() == wanted

@@ -94,7 +94,7 @@ def test_prefix_lengths(length):
 @pytest.mark.parametrize("limit", [1, 60, 97, 10**4])
 @pytest.mark.parametrize("past", [0, 5])
 def test_slices_change_nothing(slices, limit, past):
-    """A large picture, whose scores are computed a slice at a time, comes out otherwise."""
+    """A large image, whose scores are computed a slice at a time, comes out otherwise."""
     q, kv = draw(2, 11, 11 + past, 2, 2, 4)
     kv_end = np.asarray([1, 2, 3, 7, 7, 7, 7, 8, 11, 11, 11]) + past
     ours = []
@@ -107,7 +107,7 @@ def test_slices_change_nothing(slices, limit, past):
 
 
 def test_large_scores_never_exist_at_once(slices):
-    """A 1024 x 1024 picture runs out of memory: all its scores are held at the same time."""
+    """A 1024 x 1024 image runs out of memory: all its scores are held at the same time."""
     slices(2000)
     q, kv = draw(0, 500, 500, 1, 2, 4)
     compiled = jax.jit(lambda q, k, v, e: attend(q, KV(k, v), e)).lower(q, *kv, np.full(500, 500)).compile()
@@ -115,7 +115,7 @@ def test_large_scores_never_exist_at_once(slices):
 
 
 def test_rows_that_see_nothing_are_finite(slices):
-    """Padding turns into NaN, which spreads over the whole picture."""
+    """Padding turns into NaN, which spreads over the whole image."""
     q, kv = draw(3, 4, 4, 1, 2, 4)
     kv_end = np.asarray([0, 0, 4, 4])
     for limit in (10**9, 1):
@@ -128,7 +128,7 @@ def test_rows_that_see_nothing_are_finite(slices):
 
 @pytest.mark.parametrize("large", [slice(0, 4), slice(4, 7)], ids=["first", "last"])
 def test_large_scores_do_not_overflow(large):
-    """Attention overflows where one key stands out: NaN in the picture."""
+    """Attention overflows where one key stands out: NaN in the image."""
     q, kv = draw(4, 3, 7, 1, 1, 4)
     kv.k[large] *= 1e3
     kv_end = np.asarray([5, 6, 7])

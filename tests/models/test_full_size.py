@@ -18,12 +18,12 @@ from bagel_jax.ar.scheduler import MAX_TEXTS
 from bagel_jax.buckets import bucket
 from bagel_jax.checkpoint.sizes import read_config
 from bagel_jax.checkpoint.table import AUTOENCODER, MAIN
-from bagel_jax.config import PictureTransform
+from bagel_jax.config import ImageTransform
 from bagel_jax.diffusion.decoder import decode_latents
 from bagel_jax.diffusion.guidance import Guidance
 from bagel_jax.diffusion.loop import Batch, DenoiseState, Program, Rows, denoise
 from bagel_jax.diffusion.taylorseer import Forecasts
-from bagel_jax.inputs.pictures import prepare_picture
+from bagel_jax.inputs.images import prepare_image
 from bagel_jax.models.weights import abstract_weights, flatten
 from bagel_jax.request import MAX_STEPS
 
@@ -71,8 +71,8 @@ def test_sizes(config):
     assert (a.base_width, a.widths, a.num_res_blocks, a.latent_channels) == (128, (128, 256, 512, 512), 2, 16)
     assert (config.latent_patch_size, config.token_pixels, config.latent_dim) == (2, 16, 64)
     assert (config.max_latent_size, config.max_image_size, config.max_vit_patches) == (64, 1024, 70)
-    assert config.vae_transform == PictureTransform(1024, 512, 16)
-    assert config.vit_transform == PictureTransform(980, 224, 14)
+    assert config.vae_transform == ImageTransform(1024, 512, 16)
+    assert config.vit_transform == ImageTransform(980, 224, 14)
 
 
 def test_number_of_parameters(weights):
@@ -112,15 +112,15 @@ def test_every_published_number_has_a_place(weights, kind, prefix):
     assert ours == published
 
 
-def test_largest_picture_in_both_encoders(config):
-    """A 1024 x 1024 picture does not fit the position tables."""
-    made = prepare_picture(Image.new("RGB", (1024, 1024)), config)
+def test_largest_image_in_both_encoders(config):
+    """A 1024 x 1024 image does not fit the position tables."""
+    made = prepare_image(Image.new("RGB", (1024, 1024)), config)
     assert made.vae_pixels.shape == (1024, 1024, 3)
     assert made.vit_patches.shape == (4900, 588)
 
 
 def chunk_of(text, image=None, sequences=MAX_TEXTS + 2):
-    """The arrays of a chunk to prefill: `text` tokens, and `image` of a picture."""
+    """The arrays of a chunk to prefill: `text` tokens, and `image` of an image."""
     block = None if image is None else array(image, 3584, dtype=jnp.bfloat16)
     total = text + (image or 0)
     return steps.Chunk(ints(text), block, *(ints(total) for _ in range(4)), ints(sequences + 1), ints(sequences, 512))
@@ -149,8 +149,8 @@ def test_prefill(weights, chunk):
     assert shapes(mixed) == [((16, 1), jnp.int32), *shapes(PAGES)]
 
 
-def test_embedding_of_pictures(weights):
-    """The largest picture does not trace through the ViT or the autoencoder."""
+def test_embedding_of_images(weights):
+    """The largest image does not trace through the ViT or the autoencoder."""
     padded = bucket(4900, 64)
     args = array(padded, 588), array(padded, dtype=jnp.int32), INT
     vit = jax.eval_shape(lambda *a: steps.embed_vit(weights.skeleton, *a), weights.arrays, *args)

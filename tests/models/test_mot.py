@@ -101,7 +101,7 @@ def test_final_norm_is_the_tokens_own(one_layer):
 
 
 def test_text_does_not_know_the_generation_expert():
-    """Answers to questions depend on the weights that make pictures."""
+    """Answers to questions depend on the weights that make images."""
     params = weights().params
     flat = dict(nnx.to_flat_state(params))
     gen = [path for path in flat if {"gen", "norm_gen"} & set(path)]

@@ -71,7 +71,7 @@ def drawn(seed, tokens=11, kv_heads=2, group=2, width=4):
 @settings(deadline=None, max_examples=40)
 @given(seed=st.integers(0, 10_000))
 def test_sight_is_its_definition(seed):
-    """A token sees another sample, what comes after it, or a noised picture of others."""
+    """A token sees another sample, what comes after it, or a noised image of others."""
     sight = drawn(seed)[2]
     assert np.array_equal(sight.of(sight), definition(sight))
 
@@ -117,7 +117,7 @@ def test_slices_hold_few_scores(monkeypatch):
 
 
 def serve(trunk, texts, block):
-    """Hidden states of a text, a clean picture's block and another text, as stage 0 computes them."""
+    """Hidden states of a text, a clean image's block and another text, as stage 0 computes them."""
     first, second = texts
     n, rope = len(block), len(first)
     out1, cache = through(trunk, Block(trunk.embed(jnp.asarray(first))), jnp.arange(rope), jnp.arange(rope) + 1)
@@ -160,17 +160,17 @@ def test_the_trunk_learns_what_it_serves():
         assert np.isfinite(ours.gen).all()
 
 
-def test_a_row_of_pictures_is_each_picture_alone():
-    """The ViT sees a picture otherwise in training than in serving."""
+def test_a_row_of_images_is_each_image_alone():
+    """The ViT sees an image otherwise in training than in serving."""
     generator = np.random.RandomState(0)
     sizes = 3, 5, 1
-    pictures = [generator.standard_normal((n, 588)).astype(np.float32) for n in sizes]
+    images = [generator.standard_normal((n, 588)).astype(np.float32) for n in sizes]
     positions = [generator.permutation(16)[:n].astype(np.int32) for n in sizes]
     places, count = 12, sum(sizes)
     sample = np.zeros((1, places), np.int32)
     sample[0, :count] = np.repeat([1, 2, 3], sizes)
     row = np.full((1, places, 588), 7, np.float32)  # rubbish in the padding
-    row[0, :count] = np.concatenate(pictures)
+    row[0, :count] = np.concatenate(images)
     ids = np.zeros((1, places), np.int32)
     ids[0, :count] = np.concatenate(positions)
     zero = np.zeros_like(sample)
@@ -179,7 +179,7 @@ def test_a_row_of_pictures_is_each_picture_alone():
         ours = vit.packed(row, ids, Sight(sample, zero, zero + 1, zero), remat=remat)
         assert np.isfinite(ours).all()
         start = 0
-        for patches, where in zip(pictures, positions, strict=True):
+        for patches, where in zip(images, positions, strict=True):
             alone = vit(patches, where, jnp.int32(len(patches)))
             np.testing.assert_allclose(ours[0, start : start + len(patches)], alone, rtol=1e-4, atol=1e-5)
             start += len(patches)

@@ -33,7 +33,7 @@ def replaced(name, value):
 
 
 def test_regression_19_post_layernorm_is_applied():
-    """Pictures are misread: the ViT's last norm is skipped."""
+    """Images are misread: the ViT's last norm is skipped."""
     x = patches(6)
     plain = vit(x, params=replaced("vit.post_norm.scale", 1.0))
     bias = weights().model().vit.post_norm.bias[...]
@@ -54,7 +54,7 @@ def test_all_weights_are_used(name):
 
 
 def test_regression_29_padding_is_not_seen():
-    """A picture is understood otherwise when it is padded."""
+    """An image is understood otherwise when it is padded."""
     x = patches(5)
     alone = vit(x)
     for rubbish in (0.0, 1e3):
@@ -94,7 +94,7 @@ def test_regression_18_a_patch_is_a_linear_map():
 
 
 def test_connector_and_trunk_positions():
-    """What the trunk gets of a picture lacks the connector, or the trunk's own position table."""
+    """What the trunk gets of an image lacks the connector, or the trunk's own position table."""
     model = weights().model()
     x, positions = patches(4), np.asarray([3, 1, 0, 7], np.int32)
     out = model.embed_vit(x, positions, jnp.int32(4))

@@ -42,7 +42,7 @@ def sizes_of(backend):
     ("backend", "dtype"), every_type(*FAST, ("tpu-races", "float32"), ("gpu-interpret", "bfloat16"))
 )
 def test_ragged(backend, dtype):
-    """A picture would see text that comes after it, or lose part of its own, if a block's mask were wrong.
+    """An image would see text that comes after it, or lose part of its own, if a block's mask were wrong.
 
     Texts and image blocks mixed, lengths on and beside page borders, a sequence without a query.
     """
@@ -102,7 +102,7 @@ def test_without_lse(function, make, backend, dtype):
 
 @pytest.mark.parametrize(("backend", "dtype"), every_type(*FAST))
 def test_denoise(backend, dtype):
-    """A picture would miss some of its context or of itself, or see another branch, in stage 1's call.
+    """An image would miss some of its context or of itself, or see another branch, in stage 1's call.
 
     Blocks that see all of themselves over contexts of several lengths, one of them empty, one block padded, one row all
     padding.

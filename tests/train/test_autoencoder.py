@@ -86,14 +86,14 @@ def test_noise_on_latents():
         mean = scale * normal(400, 4, 4, 3)
         still = np.full_like(mean, -60)
         _, report = autoencoder_loss(Fake(mean, still), mean, KEY, ObjectiveTable(latent_noise=0.6))
-        # A level drawn evenly from 0 to 0.6 a picture, in deviations: the mean of its square is a third of 0.36.
+        # A level drawn evenly from 0 to 0.6 an image, in deviations: the mean of its square is a third of 0.36.
         assert float(report["reconstruction"]) == pytest.approx(0.12 * scale**2, rel=0.15)
     _, report = autoencoder_loss(Fake(mean, still), mean, KEY, ObjectiveTable())
     assert float(report["reconstruction"]) == pytest.approx(0, abs=1e-9)
 
 
 def smooth(count, side=16):
-    """Pictures of colour gradients."""
+    """Images of colour gradients."""
     t = np.linspace(-1, 1, side)
     generator = np.random.RandomState(0)
     planes = [[a * t[:, None] + b * t[None] for a, b in generator.uniform(-0.5, 0.5, (3, 2))] for _ in range(count)]
@@ -119,15 +119,15 @@ def test_loss_falls(tmp_path):
 
 @jax.jit
 def both_ways(params, pixels):
-    """Latents and deviations of pictures, and the pictures again."""
+    """Latents and deviations of images, and the images again."""
     autoencoder = nnx.merge(tiny_weights().graph, params).autoencoder
     latents = autoencoder.encode(pixels, jnp.zeros((*[s // 2 for s in pixels.shape[1:3]], 4)))
     _, log_variance = autoencoder.moments(pixels)
     return latents, jnp.exp(0.5 * log_variance), autoencoder.decode(latents)
 
 
-def test_normalized_latents_have_unit_variance_and_the_same_pictures():
-    """A new autoencoder's latents are at a scale that noise of unit variance drowns, or its pictures change."""
+def test_normalized_latents_have_unit_variance_and_the_same_images():
+    """A new autoencoder's latents are at a scale that noise of unit variance drowns, or its images change."""
     pixels = smooth(8) + 0.1 * normal(8, 16, 16, 3)
     params = flatten(tiny_weights().params)
     latents, spread, out = both_ways(tiny_weights().params, pixels)

@@ -1,4 +1,4 @@
-"""One packed training forward of the official code: a ViT picture, question, answer, clean picture, noised picture."""
+"""One packed training forward of the official code: a ViT image, question, answer, clean image, noised image."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures encoded once, and kept."""
+"""Images encoded once, and kept."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
-from training import TINY, draw_pictures, picture, tiny_weights
+from training import TINY, draw_images, random_image, tiny_weights
 
 from bagel_jax.errors import InputError
-from bagel_jax.inputs.pictures import prepare_picture
+from bagel_jax.inputs.images import prepare_image
 from bagel_jax.models.weights import Weights, fill, flatten
 from bagel_jax.train import latents
-from bagel_jax.train.latents import encode_pictures
+from bagel_jax.train.latents import encode_images
 
-LARGE = dataclasses.replace(TINY, max_latent_size=8)  # pictures of 32 pixels
+LARGE = dataclasses.replace(TINY, max_latent_size=8)  # images of 32 pixels
 
 
 @pytest.fixture
 def paths(tmp_path):
-    """Five pictures of three shapes."""
-    names = [*draw_pictures(tmp_path, 3, (32, 32)), *draw_pictures(tmp_path, 1, (32, 16))]
-    names += draw_pictures(tmp_path, 1, (16, 32))
+    """Five images of three shapes."""
+    names = [*draw_images(tmp_path, 3, (32, 32)), *draw_images(tmp_path, 1, (32, 16))]
+    names += draw_images(tmp_path, 1, (16, 32))
     return [str(tmp_path / name) for name in names]
 
 
@@ -44,18 +44,18 @@ def encoded(monkeypatch):
 
 
 def encode(paths, folder, config=LARGE, weights=None):
-    return encode_pictures(paths, weights or tiny_weights(), config, folder, quiet=True)
+    return encode_images(paths, weights or tiny_weights(), config, folder, quiet=True)
 
 
 def expected(path, config=LARGE):
     """Mean and deviation, straight from the autoencoder."""
-    pixels = prepare_picture(Image.open(path), config).vae_pixels
+    pixels = prepare_image(Image.open(path), config).vae_pixels
     mean, log_variance = tiny_weights().model().autoencoder.moments(pixels[None])
     return np.asarray(mean[0]), np.exp(0.5 * np.asarray(log_variance[0]))
 
 
 def test_a_store_holds_what_the_autoencoder_gives(tmp_path, paths, encoded, monkeypatch):
-    """The model learns the latents of another picture, or of the padding of the last batch."""
+    """The model learns the latents of another image, or of the padding of the last batch."""
     monkeypatch.setattr(latents, "_MOST", 2)
     store = encode(paths, tmp_path / "cache")
     assert sorted(encoded) == [(2, 16, 32, 3), (2, 32, 16, 3), (2, 32, 32, 3), (2, 32, 32, 3)]
@@ -75,7 +75,7 @@ def test_a_worker_gets_it_without_the_files(tmp_path, paths):
     np.testing.assert_array_equal(pickle.loads(sent).read(paths[1])[0], mean)
 
 
-def test_each_picture_is_encoded_once(tmp_path, paths, encoded):
+def test_each_image_is_encoded_once(tmp_path, paths, encoded):
     """Every start of a run encodes everything anew, or none of what has changed since."""
     encode(paths[:2], tmp_path / "cache")
     assert [shape[0] for shape in encoded] == [2]
@@ -84,7 +84,7 @@ def test_each_picture_is_encoded_once(tmp_path, paths, encoded):
     before = encode(paths[:3], tmp_path / "cache")
     assert [shape[0] for shape in encoded] == [2, 1]
     kept = [before.read(path)[0] for path in paths[:3]]
-    picture(9, 32, 32).save(paths[1])
+    random_image(9, 32, 32).save(paths[1])
     os.utime(paths[1], ns=(0, Path(paths[1]).stat().st_mtime_ns + 1_000_000))  # clocks may be coarse
     after = encode(paths[:3], tmp_path / "cache")
     assert [shape[0] for shape in encoded] == [2, 1, 1]
@@ -95,7 +95,7 @@ def test_each_picture_is_encoded_once(tmp_path, paths, encoded):
 
 
 def test_another_model_has_its_own(tmp_path, paths, encoded):
-    """A model learns from the latents of another autoencoder, or of pictures of another size."""
+    """A model learns from the latents of another autoencoder, or of images of another size."""
     first = encode(paths[:1], tmp_path / "cache")
     arrays = flatten(tiny_weights().params)
     name = "autoencoder.encoder.conv_out.bias"
@@ -124,10 +124,10 @@ def test_an_interrupted_run_leaves_no_half_written_index(tmp_path, paths, monkey
         np.testing.assert_allclose(store.read(path)[0], expected(path)[0], rtol=1e-3, atol=1e-3)
 
 
-def test_a_picture_that_cannot_be_read_is_named(tmp_path, paths):
+def test_a_image_that_cannot_be_read_is_named(tmp_path, paths):
     """One bad file among a million ends in a traceback without its name."""
     with pytest.raises(InputError, match=r"nothing\.png does not exist"):
         encode([paths[0], str(tmp_path / "nothing.png")], tmp_path / "cache")
-    (tmp_path / "bad.png").write_bytes(b"no picture")
+    (tmp_path / "bad.png").write_bytes(b"no image")
     with pytest.raises(InputError, match=r"bad\.png cannot be read"):
         encode([str(tmp_path / "bad.png")], tmp_path / "cache")

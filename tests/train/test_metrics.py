@@ -37,18 +37,18 @@ def test_scalars_are_written_and_read_back(tmp_path, clock):
 
 def test_without_a_known_peak_there_is_no_mfu(tmp_path, clock):
     """A CPU run fails, or reports a share of nothing."""
-    metrics = Metrics(tmp_path, 0, 4, 1, None, "pictures", quiet=True)
+    metrics = Metrics(tmp_path, 0, 4, 1, None, "images", quiet=True)
     for step in (1, 2):
         clock.seconds += 1
         metrics.update(step, {"loss": 1.0}, 3, 40.0)
     metrics.close()
-    assert set(scalars(tmp_path)) == {"loss", "pictures_per_second"}
+    assert set(scalars(tmp_path)) == {"loss", "images_per_second"}
 
 
 def test_work_by_hand():
     """Utilisation is reported of another model, or grows with padding."""
     batch = jax.tree.map(lambda x: x[0], full_batch())
-    # A sample: 3 + 6 texts, three pictures of 4 tokens and 2 markers, in each of two rows; 5 tokens are learned.
+    # A sample: 3 + 6 texts, three images of 4 tokens and 2 markers, in each of two rows; 5 tokens are learned.
     tokens, learned = 2 * (3 + 6 + 3 * 6), 2 * 5
     d, f, v, h, k, e = 16, 24, 768, 2, 1, 8
     a_token = 2 * (d * h * e + 2 * d * k * e + h * e * d + 3 * d * f)  # weights of two layers

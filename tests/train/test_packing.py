@@ -18,7 +18,7 @@ from bagel_jax.train.packing import Batch, Dropped, TextPart, VaePart, VitPart, 
 
 PLACES = {"text": 72, "vit": 40, "latent": 40}
 ROWS = 2
-# Kind, size (tokens of a text, or of a picture).
+# Kind, size (tokens of a text, or of an image).
 KINDS = [("text", 4), ("answer", 5), ("answer", 2), ("vit", 3), ("clean", 2), ("noised", 3), ("noised", 1), ("drop", 1)]
 
 
@@ -123,7 +123,7 @@ def test_packed_samples_do_not_know_of_each_other(seed, samples, data):
 @settings(deadline=None, max_examples=60)
 @given(samples=st.lists(some_kinds, min_size=1, max_size=3))
 def test_mask_is_the_official_one(samples):
-    """A text sees what comes after it, or a picture that carries noise."""
+    """A text sees what comes after it, or an image that carries noise."""
     batch = batch_of([sample_of(kinds, i) for i, kinds in enumerate(samples)])
     sight = jax.tree.map(lambda x: x[0], batch.sight)
     mask = np.asarray(sight.of(sight))
@@ -138,8 +138,8 @@ def test_mask_is_the_official_one(samples):
 
 @settings(deadline=None, max_examples=40)
 @given(samples=st.lists(some_kinds, min_size=1, max_size=3))
-def test_vit_sees_one_picture_at_a_time(samples):
-    """The ViT mixes the patches of two pictures of one record."""
+def test_vit_sees_one_image_at_a_time(samples):
+    """The ViT mixes the patches of two images of one record."""
     batch = batch_of([sample_of(kinds, i) for i, kinds in enumerate(samples)])
     sight = jax.tree.map(lambda x: x[0], batch.vit_sight)
     sizes = [size for kinds in samples for kind, size in kinds if kind == "vit"]
@@ -156,8 +156,8 @@ MIXED = [("answer", 4), ("noised", 3), ("answer", 5), ("clean", 2), ("noised", 2
 
 
 @pytest.mark.parametrize("which", [1, 4])
-def test_a_noised_picture_is_seen_by_nobody_but_itself(which):
-    """Answers and other pictures learn from a noisy picture that they will never have before them."""
+def test_a_noised_image_is_seen_by_nobody_but_itself(which):
+    """Answers and other images learn from a noisy image that they will never have before them."""
     parts = parts_of(MIXED)
     before = each_loss(batch_of([lay_out(parts, MARKERS, **DIMS)]))
     noised = parts[which]
@@ -168,7 +168,7 @@ def test_a_noised_picture_is_seen_by_nobody_but_itself(which):
     assert np.array_equal((before.mse != after.mse)[0, :7], kinds == which)
 
 
-def test_a_clean_picture_and_a_text_are_seen():
+def test_a_clean_image_and_a_text_are_seen():
     """Conditions do nothing: what is produced does not depend on what comes before."""
     for which in (0, 3):
         parts = parts_of(MIXED)
@@ -180,11 +180,11 @@ def test_a_clean_picture_and_a_text_are_seen():
         after = each_loss(batch_of([lay_out(parts, MARKERS, **DIMS)]))
         changed = (before.mse != after.mse)[0]
         assert changed[5:7].all()
-        assert changed[:3].all() == (which == 0)  # the first noised picture stands before the clean one
+        assert changed[:3].all() == (which == 0)  # the first noised image stands before the clean one
         ce = (before.ce != after.ce)[0]
         answers = np.flatnonzero(before.ce[0])
         assert ce[answers[-2:]].all()  # the last text
-        assert ce[answers[3:7]].all() == (which == 0)  # the one before the clean picture
+        assert ce[answers[3:7]].all() == (which == 0)  # the one before the clean image
 
 
 def test_rope_positions():
@@ -192,7 +192,7 @@ def test_rope_positions():
     kinds = [("text", 3), ("vit", 3), ("noised", 2), ("answer", 2), ("drop", 1), ("clean", 2), ("drop", 2), ("text", 2)]
     batch = batch_of([sample_of(kinds)])
     rope = batch.rope[0, tokens(batch, 0, 1)]
-    # A picture has one position; a noised one does not move it on; one that is left out does.
+    # An image has one position; a noised one does not move it on; one that is left out does.
     assert rope.tolist() == [0, 1, 2, *[3] * 5, *[4] * 4, 4, 5, *[7] * 4, 10, 11]
 
 
@@ -217,7 +217,7 @@ def test_ce_power(power):
 
 
 def test_loss_is_the_weighted_mean():
-    """The two terms are not the means that the official code reports; a batch without pictures is NaN."""
+    """The two terms are not the means that the official code reports; a batch without images is NaN."""
     weights = tiny_weights()
     mean = jax.jit(lambda params, batch: loss(nnx.merge(weights.graph, params), batch, ce_weight=0.25, mse_weight=3.0))
     batch = batch_of([sample_of(MIXED, ce_power=0.5)], [sample_of([("answer", 5), ("noised", 1)], 1, ce_power=0.5)])

@@ -13,7 +13,7 @@ from training import TINY, tiny_checkpoint, tiny_weights, write_config
 from bagel_jax.bagel import Bagel
 from bagel_jax.checkpoint.source import ModelSource
 from bagel_jax.errors import InputError
-from bagel_jax.inputs.pictures import prepare_picture
+from bagel_jax.inputs.images import prepare_image
 from bagel_jax.models.weights import fill, flatten
 from bagel_jax.train import __main__ as command
 from bagel_jax.train.loop import train
@@ -99,11 +99,11 @@ def test_the_command_trains_and_exports(six_steps, tmp_path, start, capsys):
 
 @pytest.mark.slow
 def test_an_autoencoders_export_has_latents_of_unit_variance(tmp_path, start):
-    """A new autoencoder is exported at the scale that it happened to come out at, or with other pictures."""
+    """A new autoencoder is exported at the scale that it happened to come out at, or with other images."""
     c, path = write_config(tmp_path, objective={"kind": "autoencoder"}, run={"steps": 2})
     state = train(c, path, quiet=True)
     paths = sorted((tmp_path / "data").glob("*.png"))
-    pixels = np.stack([prepare_picture(Image.open(path), TINY).vae_pixels for path in paths])
+    pixels = np.stack([prepare_image(Image.open(path), TINY).vae_pixels for path in paths])
 
     def both_ways(params):
         model = fill(tiny_weights(), params).model().autoencoder
@@ -111,9 +111,9 @@ def test_an_autoencoders_export_has_latents_of_unit_variance(tmp_path, start):
         return latents, model.decode(latents)
 
     ours, _ = loaded(export_run(tmp_path / "run"))
-    latents, pictures = both_ways(ours)
+    latents, images = both_ways(ours)
     np.testing.assert_allclose(np.std(latents, axis=(0, 1, 2)), 1, rtol=5e-3)
-    np.testing.assert_allclose(pictures, both_ways(start | state.ema)[1], rtol=1e-2, atol=1e-2)
+    np.testing.assert_allclose(images, both_ways(start | state.ema)[1], rtol=1e-2, atol=1e-2)
 
 
 def test_what_is_a_run(six_steps, tmp_path):

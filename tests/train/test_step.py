@@ -142,7 +142,7 @@ def test_what_is_frozen_takes_no_more_room_than_it_must(config):
 
 
 def test_positions_are_sines():
-    """A new model's pictures have no place, or other places than the official ones."""
+    """A new model's images have no place, or other places than the official ones."""
     table = sine_table(4, 16)
     frequencies = 1e4 ** (-np.arange(4) / 4)
     row, column = 2, 3

@@ -11,7 +11,7 @@ import grain
 import numpy as np
 import pytest
 from small import TOKENIZER
-from training import TINY, draw_pictures, write_data, write_records
+from training import TINY, draw_images, write_data, write_records
 
 from bagel_jax.errors import InputError
 from bagel_jax.inputs.tokenizer import Tokenizer
@@ -20,7 +20,7 @@ from bagel_jax.train.data import Cropper, Records, Sampler, mixture, packed_rows
 
 
 class Latents:
-    """Stands in for `LatentStore`: the moments of a picture are told by its name."""
+    """Stands in for `LatentStore`: the moments of an image are told by its name."""
 
     def read(self, path):
         mean = np.full((8, 8, TINY.autoencoder.latent_channels), float(Path(path).name[0]), np.float32)
@@ -43,7 +43,7 @@ def drawn(sampler, record, count=200):
 
 
 def texts(sample) -> list[str]:
-    """The texts in a sample, without markers of pictures."""
+    """The texts in a sample, without markers of images."""
     ids = [i for i in sample["text"][:, 0].tolist() if i not in (tokenizer().vision_start, tokenizer().vision_end)]
     joined = tokenizer()._tokenizer.decode(ids)
     return [part.removeprefix("<|im_start|>") for part in joined.split("<|im_end|>") if part]
@@ -51,8 +51,8 @@ def texts(sample) -> list[str]:
 
 @pytest.fixture
 def names(tmp_path):
-    """Paths of four pictures."""
-    return [str(tmp_path / name) for name in draw_pictures(tmp_path)]
+    """Paths of four images."""
+    return [str(tmp_path / name) for name in draw_images(tmp_path)]
 
 
 BAD = {
@@ -61,8 +61,8 @@ BAD = {
     "no segments": '{"text": "a"}',
     "a segment without text or image": '{"segments": [{"target": true}]}',
     "a text that is none": '{"segments": [{"text": 3}]}',
-    "a picture without a role": '{"segments": [{"image": "a.png"}]}',
-    "a picture with another role": '{"segments": [{"image": "a.png", "as": "gan"}]}',
+    "an image without a role": '{"segments": [{"image": "a.png"}]}',
+    "an image with another role": '{"segments": [{"image": "a.png", "as": "gan"}]}',
     "segments that are no objects": '{"segments": ["a"]}',
     "segments that are no list": '{"segments": {}}',
     "no segment": '{"segments": []}',
@@ -89,7 +89,7 @@ def test_files_without_records_are_named(tmp_path):
 
 
 def test_records(tmp_path):
-    """Pictures are looked for elsewhere than beside the file; those that must be encoded are not known."""
+    """Images are looked for elsewhere than beside the file; those that must be encoded are not known."""
     segments = [
         {"image": "v.png", "as": "vit"},
         {"image": "e.png", "as": "both"},
@@ -103,12 +103,12 @@ def test_records(tmp_path):
     assert records[0][0] == {"image": str(tmp_path / "v.png"), "as": "vit"}
     assert records[0][3] == {"text": "ünd"}
     roles = {"v": "vit", "e": "vae", "c": "vae", "t": "vae"}
-    assert records.pictures() == {str(tmp_path / f"{name}.png"): role for name, role in roles.items()}
+    assert records.images() == {str(tmp_path / f"{name}.png"): role for name, role in roles.items()}
     assert path in repr(records)
 
 
-def test_roles_of_pictures(names):
-    """A picture goes into the wrong encoder, or in another order than the engine puts it."""
+def test_roles_of_images(names):
+    """An image goes into the wrong encoder, or in another order than the engine puts it."""
     segments = [
         {"image": names[0], "as": "both"},
         {"image": names[1], "as": "vit"},
@@ -162,7 +162,7 @@ def test_timesteps(names, shift):
 
 
 def edit(names):
-    """An edit of a picture with a plan, and something that is always said."""
+    """An edit of an image with a plan, and something that is always said."""
     return [
         {"text": "always", "drop": False},
         {"image": names[0], "as": "both"},
@@ -173,7 +173,7 @@ def edit(names):
 
 
 def test_dropout_is_of_conditions(names):
-    """Guidance compares contexts that the model has never seen, or a picture is learned out of nothing."""
+    """Guidance compares contexts that the model has never seen, or an image is learned out of nothing."""
     samples = drawn(sampler(text_dropout=0.3, vit_dropout=0.5, vae_dropout=0.2), edit(names), 600)
     seen = Counter()
     for sample in samples:
@@ -191,8 +191,8 @@ def test_dropout_is_of_conditions(names):
     assert seen["all"] / 600 == pytest.approx(0.03, abs=0.025)  # each on its own
 
 
-def test_a_picture_left_out_keeps_its_position(names):
-    """Without its picture, an edit stands elsewhere than the engine's guidance branches put it."""
+def test_a_image_left_out_keeps_its_position(names):
+    """Without its image, an edit stands elsewhere than the engine's guidance branches put it."""
 
     def rope_of_target(**objective):
         sample = sampler(**objective)(edit(names), np.random.default_rng(0))
@@ -201,8 +201,8 @@ def test_a_picture_left_out_keeps_its_position(names):
     assert rope_of_target() == rope_of_target(vit_dropout=1.0) == rope_of_target(vit_dropout=1.0, vae_dropout=1.0)
 
 
-def test_a_record_without_a_produced_picture_is_whole(names):
-    """Questions lose their pictures, or answers their questions."""
+def test_a_record_without_a_produced_image_is_whole(names):
+    """Questions lose their images, or answers their questions."""
     record = [{"image": names[0], "as": "vit"}, {"text": "ask"}, {"text": "answer", "target": True}]
     always = sampler(text_dropout=1.0, vit_dropout=1.0, vae_dropout=1.0)
     for sample in drawn(always, record, 20):
@@ -254,10 +254,10 @@ def test_a_seed_draws_the_same_and_another_another(tmp_path):
 
 
 def test_noise_is_drawn_anew_each_round(tmp_path):
-    """The model sees the same noise, timestep and dropouts on a picture each time, and learns them by heart."""
+    """The model sees the same noise, timestep and dropouts on an image each time, and learns them by heart."""
     batches = take(iter(rows_of(tmp_path, weights=(1.0, 1e-6))), 12)
     noise = np.concatenate([batch["noise"][batch["timestep"] > 0][:, 0] for batch in batches])
-    assert len(noise) > 16 * 8  # more pictures than there are
+    assert len(noise) > 16 * 8  # more images than there are
     assert len(set(noise.tolist())) == len(noise)
 
 
@@ -321,19 +321,19 @@ def test_workers(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_picture_that_is_gone_is_named(tmp_path, workers):
-    """A picture that goes missing ends in a traceback of the reader's, without its name."""
+def test_a_image_that_is_gone_is_named(tmp_path, workers):
+    """An image that goes missing ends in a traceback of the reader's, without its name."""
     batches = iter(rows_of(tmp_path, workers=workers, weights=(1e-6, 1.0)))
     for path in tmp_path.glob("*.png"):
         path.unlink()
-    with pytest.raises(InputError, match=r"picture .*\.png does not exist") as raised:
+    with pytest.raises(InputError, match=r"image .*\.png does not exist") as raised:
         take(batches, 5)
     assert "\n" not in str(raised.value)
 
 
 def test_crops(tmp_path):
-    """The autoencoder learns one corner of each picture, or a crop that is larger than its picture."""
-    [name] = draw_pictures(tmp_path, 1)
+    """The autoencoder learns one corner of each image, or a crop that is larger than its image."""
+    [name] = draw_images(tmp_path, 1)
     path = str(tmp_path / name)
     whole = Cropper(TINY, 16)(path, np.random.default_rng(0))
     assert whole.shape == (16, 16, 3)
@@ -349,8 +349,8 @@ def test_crops(tmp_path):
 
 
 def test_crops_go_on_in_the_middle(tmp_path):
-    """A resumed run of the autoencoder starts its pictures anew."""
-    paths = [str(tmp_path / name) for name in draw_pictures(tmp_path)]
+    """A resumed run of the autoencoder starts its images anew."""
+    paths = [str(tmp_path / name) for name in draw_images(tmp_path)]
 
     def batches():
         crops = grain.MapDataset.source(paths).seed(0).shuffle().repeat().random_map(Cropper(TINY, 8))

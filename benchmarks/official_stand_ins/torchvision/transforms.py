@@ -1,4 +1,4 @@
-"""What the official `data/transforms.py` takes from torchvision, for PIL pictures, where torchvision uses PIL too."""
+"""What the official `data/transforms.py` takes from torchvision, for PIL images, where torchvision uses PIL too."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class InterpolationMode(Enum):
 
 
 class ToTensor:
-    """An RGB picture to `[3, H, W]` in [0, 1]."""
+    """An RGB image to `[3, H, W]` in [0, 1]."""
 
-    def __call__(self, picture: Image.Image) -> torch.Tensor:
-        """Of one picture."""
-        return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous().to(torch.float32).div(255)
+    def __call__(self, image: Image.Image) -> torch.Tensor:
+        """Of one image."""
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous().to(torch.float32).div(255)
 
 
 class Normalize:
@@ -35,8 +35,8 @@ class Normalize:
         return (x - self.mean) / self.std
 
 
-def _resize(picture: Image.Image, size: tuple[int, int], interpolation: InterpolationMode, antialias: bool = True):
-    return picture.resize((size[1], size[0]), interpolation.value)
+def _resize(image: Image.Image, size: tuple[int, int], interpolation: InterpolationMode, antialias: bool = True):
+    return image.resize((size[1], size[0]), interpolation.value)
 
 
 functional = SimpleNamespace(resize=_resize)

@@ -1,4 +1,4 @@
-"""Pictures on their way in and out: modes, sizes, patches, positions."""
+"""Images on their way in and out: modes, sizes, patches, positions."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from small import CONFIG, picture
+from small import CONFIG, random_image
 
-from bagel_jax.config import PictureTransform
-from bagel_jax.inputs.pictures import (
+from bagel_jax.config import ImageTransform
+from bagel_jax.inputs.images import (
     grid_positions,
     onto_white,
     patchify,
-    prepare_picture,
+    prepare_image,
     resize,
     resized_size,
     to_image,
     to_pixels,
 )
 
-VAE, VIT = PictureTransform(1024, 512, 16), PictureTransform(980, 224, 14)
+VAE, VIT = ImageTransform(1024, 512, 16), ImageTransform(980, 224, 14)
 
-# (width, height) of a picture, after 1024/512/16, after 980/224/14: official MaxLongEdgeMinShortEdgeResize.
+# (width, height) of an image, after 1024/512/16, after 980/224/14: official MaxLongEdgeMinShortEdgeResize.
 SIZES = [
     ((1, 1), (512, 512), (224, 224)),
     ((2, 1), (1024, 512), (448, 224)),
@@ -83,7 +83,7 @@ def test_sizes_are_official(size, vae, vit):
 @settings(deadline=None, max_examples=60)
 @given(width=st.integers(64, 5000), aspect=st.floats(0.5, 2), which=st.sampled_from([VAE, VIT]))
 def test_regression_20_aspect_is_kept(width, aspect, which):
-    """Faces come out stretched: every picture is squeezed into a square."""
+    """Faces come out stretched: every image is squeezed into a square."""
     height = round(width * aspect)
     new_width, new_height = resized_size(width, height, which)
     assert abs(new_width * height - new_height * width) <= 1.5 * which.stride * (width + height)
@@ -92,7 +92,7 @@ def test_regression_20_aspect_is_kept(width, aspect, which):
 
 
 def test_regression_20_pixels_are_not_stretched():
-    """A circle in a wide picture reaches the model as an ellipse."""
+    """A circle in a wide image reaches the model as an ellipse."""
     wide = Image.new("RGB", (600, 300))
     wide.paste((255, 255, 255), (0, 0, 300, 300))
     array = np.asarray(resize(wide, VIT))
@@ -101,11 +101,11 @@ def test_regression_20_pixels_are_not_stretched():
 
 
 def test_two_resizes_in_a_row():
-    """The ViT sees a small picture at its own size, while it was trained on the autoencoder's enlarged one."""
-    image = picture(width=256, height=300)
+    """The ViT sees a small image at its own size, while it was trained on the autoencoder's enlarged one."""
+    image = random_image(width=256, height=300)
     config = dataclasses.replace(CONFIG, max_latent_size=256, max_vit_patches=70)
     assert (config.vae_transform, config.vit_transform) == (VAE, VIT)
-    prepared = prepare_picture(image, config)
+    prepared = prepare_image(image, config)
     enlarged = image.resize((512, 608), Image.Resampling.BICUBIC)
     vit = enlarged.resize((518, 602), Image.Resampling.BICUBIC)
     assert prepared.size == (608, 512)
@@ -116,8 +116,8 @@ def test_two_resizes_in_a_row():
 
 def test_limits_of_a_small_model():
     """A model with small position tables reads past their end."""
-    assert CONFIG.vae_transform == PictureTransform(32, 32, 16)
-    assert CONFIG.vit_transform == PictureTransform(56, 56, 14)
+    assert CONFIG.vae_transform == ImageTransform(32, 32, 16)
+    assert CONFIG.vit_transform == ImageTransform(56, 56, 14)
 
 
 def with_info(image: Image.Image, **info) -> Image.Image:
@@ -200,9 +200,9 @@ def test_sixteen_bit_grey_keeps_its_shades():
 
 
 def test_modes_reach_the_model():
-    """A request with an odd picture fails late, in the middle of the work."""
+    """A request with an odd image fails late, in the middle of the work."""
     for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "I;16"):
-        prepared = prepare_picture(Image.new(mode, (20, 20)), CONFIG)
+        prepared = prepare_image(Image.new(mode, (20, 20)), CONFIG)
         assert prepared.vae_pixels.shape == (32, 32, 3)
         assert prepared.vit_patches.shape == (16, 588)
 
@@ -218,8 +218,8 @@ def test_pixels_are_official():
     assert hashlib.sha256(values.tobytes()).hexdigest().startswith("d15e8ce722844464")
 
 
-def test_pictures_are_cut_off_not_rounded():
-    """Every pixel differs by one from the official picture, or bright spots wrap around to black."""
+def test_images_are_cut_off_not_rounded():
+    """Every pixel differs by one from the official image, or bright spots wrap around to black."""
     values = np.float32([-3, -1, -0.999, -0.5, 0, 0.25, 0.999, 0.9999, 1, 2])
     image = to_image(np.broadcast_to(values[None, :, None], (2, 10, 3)))
     # From the official decode_image's expression in torch.
@@ -262,7 +262,7 @@ INTERPOLATED = {
 
 @pytest.mark.parametrize(("side", "count"), INTERPOLATED)
 def test_interpolated_positions_are_official(side, count):
-    """A checkpoint with interpolated positions sees pictures squeezed into a corner."""
+    """A checkpoint with interpolated positions sees images squeezed into a corner."""
     wanted = INTERPOLATED[side, count]
     assert grid_positions(1, count, side, True).tolist() == wanted
     assert grid_positions(count, 1, side, True).tolist() == [i * side for i in wanted]

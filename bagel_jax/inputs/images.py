@@ -1,4 +1,4 @@
-"""Pictures to arrays: onto white, the official two-step resize, patches.
+"""Images to arrays: onto white, the official two-step resize, patches.
 
 Source: official `data/transforms.py`, `data/data_utils.py` and the order of calls in `inferencer.py`.
 """
@@ -10,15 +10,15 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from bagel_jax.config import BagelConfig, PictureTransform
+from bagel_jax.config import BagelConfig, ImageTransform
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One input picture, ready for both encoders.
+class InputImage:
+    """One input image, ready for both encoders.
 
     The autoencoder's resize comes first and the ViT's works on its result. `size` is the first resize's: an edit
-    of the picture comes out at that size.
+    of the image comes out at that size.
     """
 
     size: tuple[int, int]  # height, width in pixels
@@ -27,13 +27,13 @@ class Picture:
     vit_grid: tuple[int, int]  # rows, columns of patches
 
 
-def prepare_picture(image: Image.Image, config: BagelConfig) -> Picture:
-    """A picture of any mode and size, as the model takes it."""
+def prepare_image(image: Image.Image, config: BagelConfig) -> InputImage:
+    """An image of any mode and size, as the model takes it."""
     image = resize(onto_white(image), config.vae_transform)
     vae_pixels = to_pixels(resize(image, config.vae_transform))
     vit_pixels = to_pixels(resize(image, config.vit_transform))
     patch = config.vit.patch_size
-    return Picture(
+    return InputImage(
         size=(image.height, image.width),
         vae_pixels=vae_pixels,
         vit_patches=patchify(vit_pixels, patch),
@@ -44,7 +44,7 @@ def prepare_picture(image: Image.Image, config: BagelConfig) -> Picture:
 def onto_white(image: Image.Image) -> Image.Image:
     """RGB; what is transparent becomes white, in every mode that can be transparent.
 
-    The official `pil_img2rgb` does so for RGBA and palette pictures. It lets grey ones with alpha turn black, and
+    The official `pil_img2rgb` does so for RGBA and palette images. It lets grey ones with alpha turn black, and
     16-bit grey ones white where they are above 255 of 65,535; here both look as they should.
     """
     if image.mode.startswith("I;16"):
@@ -57,7 +57,7 @@ def onto_white(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def resized_size(width: int, height: int, t: PictureTransform) -> tuple[int, int]:
+def resized_size(width: int, height: int, t: ImageTransform) -> tuple[int, int]:
     """Width and height in pixels after the resize: aspect kept up to rounding to the stride."""
 
     def scaled(width, height, scale):
@@ -66,7 +66,7 @@ def resized_size(width: int, height: int, t: PictureTransform) -> tuple[int, int
 
     scale = max(min(t.max_size / max(width, height), 1.0), t.min_size / min(width, height))
     size = scaled(width, height, scale)
-    # A ratio of areas used as a ratio of lengths is what the official code does, so such pictures come out smaller
+    # A ratio of areas used as a ratio of lengths is what the official code does, so such images come out smaller
     # than they need to.
     if size[0] * size[1] > t.max_pixels:
         size = scaled(*size, t.max_pixels / (size[0] * size[1]))
@@ -75,19 +75,19 @@ def resized_size(width: int, height: int, t: PictureTransform) -> tuple[int, int
     return size
 
 
-def resize(image: Image.Image, t: PictureTransform) -> Image.Image:
+def resize(image: Image.Image, t: ImageTransform) -> Image.Image:
     """Bicubic, antialiased resize to `resized_size`."""
     size = resized_size(*image.size, t)
     return image if size == image.size else image.resize(size, Image.Resampling.BICUBIC)
 
 
 def to_pixels(image: Image.Image) -> np.ndarray:
-    """An RGB picture as `[H, W, 3]` float32 in [-1, 1]."""
+    """An RGB image as `[H, W, 3]` float32 in [-1, 1]."""
     return (np.asarray(image, np.float32) / np.float32(255) - np.float32(0.5)) / np.float32(0.5)
 
 
 def to_image(pixels: np.ndarray) -> Image.Image:
-    """The decoder's output `[H, W, 3]`, about [-1, 1], as a picture; cut off, not rounded, as in the official code."""
+    """The decoder's output `[H, W, 3]`, about [-1, 1], as an image; cut off, not rounded, as in the official code."""
     return Image.fromarray((np.clip(pixels * 0.5 + 0.5, 0, 1) * 255).astype(np.uint8))
 
 
