@@ -16,16 +16,16 @@ import jax.numpy as jnp
 from bagel_jax.checkpoint.source import ModelSource
 from bagel_jax.config import BagelConfig
 from bagel_jax.demo.example import MODEL
-from bagel_jax.engine import Engine
+from bagel_jax.engine.core import Engine
+from bagel_jax.engine.handle import Done, Handle, Progress, TextDelta
+from bagel_jax.engine.handoff import ContextKV
+from bagel_jax.engine.session import Session
 from bagel_jax.errors import InputError
-from bagel_jax.handle import Done, Handle, Progress, TextDelta
-from bagel_jax.handoff import ContextKV
 from bagel_jax.inputs.prepare import Prepared, prepare
 from bagel_jax.inputs.tokenizer import Tokenizer
 from bagel_jax.models.weights import Weights
-from bagel_jax.parallel.mesh import stage_devices
+from bagel_jax.placement.mesh import stage_devices
 from bagel_jax.request import Request, Result
-from bagel_jax.session import Session
 from bagel_jax.settings import ServingSettings
 
 # Called as report(phase, done, total); phase is "load", "decode" or "denoise". done = 0 comes before the work.

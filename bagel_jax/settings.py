@@ -26,7 +26,7 @@ class ServingSettings:
         num_pages: pages of the KV cache; None: as the device's memory and the largest contexts suggest.
         prefix_cache: keep the pages of finished contexts and find them again by what is in them.
         dit_max_num_seqs: images that stage 1 denoises at once, at most.
-        vae_tiling: decode large images in tiles: less memory, not quite the same pixels (`diffusion/decoder.py`).
+        vae_tiling: decode large images in tiles: less memory, not quite the same pixels (`engine/denoise/decoder.py`).
         topology: `two-stage`: the stages work at the same time, each in a thread of its own; `single-stage`: by turns.
         ar_device, dit_device: number of the device that each stage works on; the weights are on both.
         attention: one of `ATTENTION`; for `auto` the environment variable `BAGEL_JAX_ATTENTION` decides if it is set.

@@ -19,9 +19,9 @@ from typing import Any
 
 from PIL import Image
 
+from bagel_jax.engine.session import Session
 from bagel_jax.errors import InputError
 from bagel_jax.request import APPLICABLE, Request, Result, Settings, open_image
-from bagel_jax.session import Session
 
 _OPTIONS = (*(field.name for field in dataclasses.fields(Settings)), "seed", "think", "negative_prompt")
 

@@ -24,8 +24,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from small import CONFIG, TOKENIZER, drawn  # noqa: E402
 
-from bagel_jax.ar.stage import ContextStage, Finished  # noqa: E402
 from bagel_jax.bagel import keep_compiled_programs, resolve_dtype  # noqa: E402
+from bagel_jax.engine.context.stage import ContextStage, Finished  # noqa: E402
 from bagel_jax.inputs.prepare import prepare  # noqa: E402
 from bagel_jax.inputs.tokenizer import Tokenizer  # noqa: E402
 from bagel_jax.models.weights import Weights, abstract_weights  # noqa: E402

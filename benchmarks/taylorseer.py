@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 from bagel_jax import Bagel  # noqa: E402
 from bagel_jax.demo.example import EXAMPLES, MODEL  # noqa: E402
-from bagel_jax.diffusion.taylorseer import Course  # noqa: E402
+from bagel_jax.sampling.taylorseer import Course  # noqa: E402
 
 GRID = [
     (3, 6),

@@ -8,11 +8,11 @@ import jax
 import numpy as np
 
 from bagel_jax.bagel import Bagel
-from bagel_jax.diffusion import loop
-from bagel_jax.diffusion.batch import batch_of, padded_tokens, rows_of
-from bagel_jax.diffusion.stage import DenoiseStage
-from bagel_jax.diffusion.work import Work
-from bagel_jax.handoff import ContextKV
+from bagel_jax.engine.denoise import steps as loop
+from bagel_jax.engine.denoise.batch import batch_of, padded_tokens, rows_of
+from bagel_jax.engine.denoise.jobs import Work
+from bagel_jax.engine.denoise.stage import DenoiseStage
+from bagel_jax.engine.handoff import ContextKV
 from bagel_jax.inputs.prepare import Prepared
 from bagel_jax.settings import ServingSettings
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bagel_jax.handoff import ContextKV
+from bagel_jax.engine.handoff import ContextKV
 from bagel_jax.models.attention import KV, attend
 from bagel_jax.models.mot import Block, MoT
 from bagel_jax.pallas.paged_attention.pages import to_dense

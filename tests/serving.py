@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from dense import view_of
 
-from bagel_jax.ar import steps
-from bagel_jax.ar.batch import rows_of
-from bagel_jax.ar.jobs import Job, Statistics
-from bagel_jax.ar.stage import ContextStage, Tokens
-from bagel_jax.handoff import ContextKV, Failed
+from bagel_jax.engine.context import steps
+from bagel_jax.engine.context.batch import rows_of
+from bagel_jax.engine.context.jobs import Job, Statistics
+from bagel_jax.engine.context.stage import ContextStage, Tokens
+from bagel_jax.engine.handoff import ContextKV, Failed
 from bagel_jax.inputs.plan import Build, Plan, Segment, View, place
 from bagel_jax.inputs.prepare import Prepared
 from bagel_jax.models.attention import KV

@@ -11,9 +11,9 @@ import numpy as np
 from flax import nnx
 from PIL import Image
 
-from bagel_jax.ar.stage import ContextStage
 from bagel_jax.bagel import Bagel
 from bagel_jax.config import AutoencoderConfig, BagelConfig, TrunkConfig, VitConfig
+from bagel_jax.engine.context.stage import ContextStage
 from bagel_jax.models.weights import Weights, abstract_weights
 from bagel_jax.settings import ServingSettings
 

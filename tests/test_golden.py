@@ -13,8 +13,8 @@ from dense import view_of
 from golden import GENERATION, UNDERSTANDING, Case, relative_error
 from serving import cache_of, logits_of, prefilled, serve
 
-from bagel_jax.ar.stage import ContextStage
 from bagel_jax.bagel import Bagel
+from bagel_jax.engine.context.stage import ContextStage
 from bagel_jax.inputs.plan import Text, View
 from bagel_jax.inputs.prepare import vit_positions
 from bagel_jax.settings import ServingSettings

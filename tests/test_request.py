@@ -308,7 +308,7 @@ def test_images_that_cannot_be_read(tmp_path):
         open_image(tmp_path)
 
 
-def test_a_image_too_large(tmp_path, monkeypatch):
+def test_an_image_too_large(tmp_path, monkeypatch):
     """A small file that unpacks to gigabytes takes the machine down."""
     Image.new("1", (300, 300)).save(tmp_path / "bomb.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)

@@ -15,9 +15,9 @@ from golden import Case, relative_error
 from PIL import Image
 
 from bagel_jax import DEFAULTS, MODALITIES, InputError, Request, Settings
-from bagel_jax.ar import steps
 from bagel_jax.bagel import Bagel
-from bagel_jax.diffusion import loop
+from bagel_jax.engine.context import steps
+from bagel_jax.engine.denoise import steps as loop
 from bagel_jax.request import APPLICABLE
 from bagel_jax.run import main
 

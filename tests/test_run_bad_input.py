@@ -18,7 +18,7 @@ from PIL import Image, features
 from safetensors.numpy import load_file, save_file
 
 from bagel_jax.bagel import Bagel
-from bagel_jax.diffusion import loop
+from bagel_jax.engine.denoise import steps as loop
 
 GOOD = ("--height", 96, "--width", 160, "--prompts", "a red bench")
 

@@ -7,7 +7,7 @@ import re
 import pytest
 from commands import Cli, assert_refused
 
-from bagel_jax.diffusion import stage
+from bagel_jax.engine.denoise import stage
 
 
 @pytest.fixture

@@ -13,9 +13,9 @@ from commands import Ran
 from small import model, new_model, random_image
 
 from bagel_jax.bagel import Bagel
+from bagel_jax.engine.session import Session
 from bagel_jax.errors import InputError
 from bagel_jax.run import main
-from bagel_jax.session import Session
 from bagel_jax.turns import read_turns
 
 DRAW = {"draw": "a red bench", "height": 32, "width": 24}

@@ -16,8 +16,8 @@ from jax.sharding import Mesh
 
 from bagel_jax.errors import InputError
 from bagel_jax.models.weights import abstract_weights, fill
-from bagel_jax.parallel.mesh import make_mesh
-from bagel_jax.parallel.rules import by_rows, replicated, rows, sharding
+from bagel_jax.placement.mesh import make_mesh
+from bagel_jax.placement.rules import by_rows, replicated, rows, sharding
 from bagel_jax.train.autoencoder import autoencoder_loss
 from bagel_jax.train.checkpoints import TrainCheckpoints
 from bagel_jax.train.config import TrainConfig

@@ -12,7 +12,7 @@ import numpy as np
 from bagel_jax.checkpoint.export import export
 from bagel_jax.errors import InputError
 from bagel_jax.models.weights import Weights, abstract_weights, fill
-from bagel_jax.parallel.mesh import make_mesh
+from bagel_jax.placement.mesh import make_mesh
 from bagel_jax.train.autoencoder import normalized
 from bagel_jax.train.checkpoints import TrainCheckpoints
 from bagel_jax.train.config import TrainConfig, read_train_config

@@ -19,7 +19,7 @@ from bagel_jax.errors import InputError
 from bagel_jax.inputs.tokenizer import Tokenizer
 from bagel_jax.models.bagel import BagelModel
 from bagel_jax.models.weights import Weights, abstract_weights, fill, flatten
-from bagel_jax.parallel.rules import sharding
+from bagel_jax.placement.rules import sharding
 from bagel_jax.train.config import COMPONENT_NAMES, TrainConfig
 from bagel_jax.train.lora import init_adapters
 from bagel_jax.train.step import Params

@@ -10,9 +10,9 @@ import pytest
 from mixed_load import empty, mixed, same
 from small import new_model, random_image
 
-from bagel_jax.diffusion import loop
+from bagel_jax.engine.denoise import steps as loop
+from bagel_jax.engine.handle import Progress, TextDelta
 from bagel_jax.errors import InputError
-from bagel_jax.handle import Progress, TextDelta
 from bagel_jax.request import Request
 
 SIZES = {"height": 32, "width": 32}

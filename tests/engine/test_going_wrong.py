@@ -11,10 +11,10 @@ import pytest
 from mixed_load import empty, mixed, same
 from small import CONFIG, new_model, random_image
 
-from bagel_jax.ar.stage import Finished
-from bagel_jax.diffusion import loop
-from bagel_jax.diffusion.stage import Drawn
-from bagel_jax.handle import Cancelled
+from bagel_jax.engine.context.stage import Finished
+from bagel_jax.engine.denoise import steps as loop
+from bagel_jax.engine.denoise.stage import Drawn
+from bagel_jax.engine.handle import Cancelled
 from bagel_jax.request import Request
 
 SIZES = {"height": 32, "width": 32}

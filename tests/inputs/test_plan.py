@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bagel_jax.handoff import branches, tables
+from bagel_jax.engine.handoff import branches, tables
 from bagel_jax.inputs.plan import Contexts, ImageGrids, Placed, Text, VaeImage, View, VitImage, contexts, place, plan
 
 A, B, SYSTEM, NEGATIVE = (

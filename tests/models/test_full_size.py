@@ -12,20 +12,20 @@ import pytest
 from checkpoints import DATA, official_shapes
 from PIL import Image
 
-from bagel_jax.ar import steps
-from bagel_jax.ar.sampling import Sampling
-from bagel_jax.ar.scheduler import MAX_TEXTS
 from bagel_jax.buckets import bucket
 from bagel_jax.checkpoint.sizes import read_config
 from bagel_jax.checkpoint.table import AUTOENCODER, MAIN
 from bagel_jax.config import ImageTransform
-from bagel_jax.diffusion.decoder import decode_latents
-from bagel_jax.diffusion.guidance import Guidance
-from bagel_jax.diffusion.loop import Batch, DenoiseState, Program, Rows, denoise
-from bagel_jax.diffusion.taylorseer import Forecasts
+from bagel_jax.engine.context import steps
+from bagel_jax.engine.context.scheduler import MAX_TEXTS
+from bagel_jax.engine.denoise.decoder import decode_latents
+from bagel_jax.engine.denoise.steps import Batch, DenoiseState, Program, Rows, denoise
 from bagel_jax.inputs.images import prepare_image
 from bagel_jax.models.weights import abstract_weights, flatten
 from bagel_jax.request import MAX_STEPS
+from bagel_jax.sampling.guidance import Guidance
+from bagel_jax.sampling.taylorseer import Forecasts
+from bagel_jax.sampling.tokens import Sampling
 
 L, K, E, V = 28, 4, 128, 152064
 INT = jax.ShapeDtypeStruct((), jnp.int32)

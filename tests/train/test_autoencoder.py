@@ -13,7 +13,7 @@ from flax import nnx
 from training import TINY, tiny_weights, write_config
 
 from bagel_jax.models.weights import fill, flatten
-from bagel_jax.parallel.mesh import make_mesh
+from bagel_jax.placement.mesh import make_mesh
 from bagel_jax.train.autoencoder import autoencoder_loss, normalized
 from bagel_jax.train.config import ObjectiveTable
 from bagel_jax.train.loop import make_loss

@@ -124,7 +124,7 @@ def test_an_interrupted_run_leaves_no_half_written_index(tmp_path, paths, monkey
         np.testing.assert_allclose(store.read(path)[0], expected(path)[0], rtol=1e-3, atol=1e-3)
 
 
-def test_a_image_that_cannot_be_read_is_named(tmp_path, paths):
+def test_an_image_that_cannot_be_read_is_named(tmp_path, paths):
     """One bad file among a million ends in a traceback without its name."""
     with pytest.raises(InputError, match=r"nothing\.png does not exist"):
         encode([paths[0], str(tmp_path / "nothing.png")], tmp_path / "cache")

@@ -9,7 +9,7 @@ import pytest
 from training import TINY, full_batch, tiny_weights, write_config
 
 from bagel_jax.models.weights import flatten
-from bagel_jax.parallel.mesh import make_mesh
+from bagel_jax.placement.mesh import make_mesh
 from bagel_jax.train.config import LoraTable
 from bagel_jax.train.loop import make_loss
 from bagel_jax.train.lora import adapted, init_adapters, merge_adapters

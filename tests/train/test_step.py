@@ -11,7 +11,7 @@ from training import NEW, TINY, full_batch, write_config
 
 from bagel_jax.errors import InputError
 from bagel_jax.models.weights import abstract_weights, flatten
-from bagel_jax.parallel.mesh import make_mesh
+from bagel_jax.placement.mesh import make_mesh
 from bagel_jax.train.config import COMPONENT_NAMES
 from bagel_jax.train.loop import make_loss
 from bagel_jax.train.optimizer import make_optimizer

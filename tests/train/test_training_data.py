@@ -191,7 +191,7 @@ def test_dropout_is_of_conditions(names):
     assert seen["all"] / 600 == pytest.approx(0.03, abs=0.025)  # each on its own
 
 
-def test_a_image_left_out_keeps_its_position(names):
+def test_an_image_left_out_keeps_its_position(names):
     """Without its image, an edit stands elsewhere than the engine's guidance branches put it."""
 
     def rope_of_target(**objective):
@@ -321,7 +321,7 @@ def test_workers(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_image_that_is_gone_is_named(tmp_path, workers):
+def test_an_image_that_is_gone_is_named(tmp_path, workers):
     """An image that goes missing ends in a traceback of the reader's, without its name."""
     batches = iter(rows_of(tmp_path, workers=workers, weights=(1e-6, 1.0)))
     for path in tmp_path.glob("*.png"):

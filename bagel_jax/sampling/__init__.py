@@ -1,0 +1,1 @@
+"""Schedule, guidance, forecasts, the choice of tokens: small and without an engine."""
