@@ -17,8 +17,8 @@ from bagel_jax.engine.context.batch import rows_of
 from bagel_jax.engine.context.jobs import Job, Statistics
 from bagel_jax.engine.context.stage import ContextStage, Tokens
 from bagel_jax.engine.handoff import ContextKV, Failed
-from bagel_jax.inputs.plan import Build, Plan, Segment, View, place
 from bagel_jax.inputs.prepare import Prepared
+from bagel_jax.layout import KVPlan, KVPrefix, Segment, SequencePlan, place
 from bagel_jax.models.attention import KV
 from bagel_jax.pallas.paged_attention.pages import to_dense
 
@@ -66,16 +66,18 @@ def prefilled(stage: ContextStage, prepared: Prepared) -> Job:
 def with_segments(prepared: Prepared, segments: Sequence[Segment]) -> Prepared:
     """A request for an image whose one context is made of any segments."""
     placed = place(segments)
-    view = View(0, placed[-1].kv_end, placed[-1].rope + placed[-1].segment.rope_advance)
+    view = KVPrefix(0, placed[-1].kv_end, placed[-1].rope + placed[-1].segment.rope_advance)
     request = dataclasses.replace(prepared.request, think=False)
-    return dataclasses.replace(prepared, plan=Plan((Build(None, 0, placed),), view, view, view), request=request)
+    return dataclasses.replace(
+        prepared, plan=KVPlan((SequencePlan(None, 0, placed),), view, view, view), request=request
+    )
 
 
 def context_of(stage: ContextStage, prepared: Prepared, segments: Sequence[Segment]) -> KV:
     """Keys and values of any segments, `[L, S, K, E]`, S their number of tokens."""
     made = with_segments(prepared, segments)
     (finished,) = serve(stage, made).values()
-    assert finished.context.length.tolist() == [made.plan.main.length]
+    assert finished.context.length.tolist() == [made.plan.cond.length]
     return view_of(finished.context)
 
 

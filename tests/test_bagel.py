@@ -139,7 +139,7 @@ def test_layers_apart(monkeypatch):
     made = bagel.Bagel(_Copies(), "float32", stacked.settings)
     layers = made.load_weights().params["trunk"]["layers"]
     assert len(layers) == small.CONFIG.trunk.num_layers
-    for ask in (("text2img", "a red bench"), ("img2text", "a red bench", small.image())):
+    for ask in (("text2img", "a red bench"), ("img2text", "a red bench", small.random_image())):
         options = {"steps": 4} if ask[0] == "text2img" else {"max_tokens": 12}
         ours, theirs = (one.generate(*ask, **options) for one in (made, stacked))
         assert ours.text == theirs.text

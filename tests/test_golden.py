@@ -15,8 +15,8 @@ from serving import cache_of, logits_of, prefilled, serve
 
 from bagel_jax.bagel import Bagel
 from bagel_jax.engine.context.stage import ContextStage
-from bagel_jax.inputs.plan import Text, View
 from bagel_jax.inputs.prepare import vit_positions
+from bagel_jax.layout import KVPrefix, Text
 from bagel_jax.settings import ServingSettings
 
 TOLERANCE = 1e-4
@@ -59,14 +59,14 @@ def test_tokens_and_contexts(tiny, cases_dir, name):
             assert list(tiny.tokenizer.prompt(item["text"])[1:-1]) == item["ids"]
     prepared = tiny.prepare(case.request())
     if name in UNDERSTANDING:
-        assert prepared.plan.main.length == case.arrays["ctx_text_kv_len"]
-        assert prepared.plan.main.rope == case.arrays["ctx_text_rope"]
+        assert prepared.plan.cond.length == case.arrays["ctx_text_kv_len"]
+        assert prepared.plan.cond.rope == case.arrays["ctx_text_rope"]
         return
-    main = prepared.plan.main
+    main = prepared.plan.cond
     if name == "text2img_think":
         thought = Text(tiny.tokenizer.prompt(case.texts[0]))
-        main = View(0, main.length + thought.num_tokens, main.rope + thought.rope_advance)
-    for view, key in ((main, "main"), (prepared.plan.text, "cfg_text"), (prepared.plan.img, "cfg_img")):
+        main = KVPrefix(0, main.length + thought.num_tokens, main.rope + thought.rope_advance)
+    for view, key in ((main, "main"), (prepared.plan.drop_text, "cfg_text"), (prepared.plan.drop_image, "cfg_img")):
         assert view.length == case.arrays[f"ctx_{key}_kv_len"]
         assert view.rope == case.arrays[f"ctx_{key}_rope"]
     assert (*prepared.image_size, 3) == case.image.shape

@@ -19,15 +19,16 @@ MAY_IMPORT = {
     "bagel": {
         *("engine", "demo", "checkpoint", "models", "inputs", "request", "config", "settings", "placement"),
     },
-    "train": {"checkpoint", "models", "inputs", "request", "config", "placement"},
+    "train": {"checkpoint", "models", "inputs", "request", "config", "layout", "placement"},
     "demo": {"inputs"},
     "engine": {
-        *("sampling", "models", "inputs", "request", "config", "settings", "clock", "pallas", "buckets", "placement"),
+        *("sampling", "models", "inputs", "request", "config", "layout", "settings", "clock", "pallas", "buckets"),
+        "placement",
     },
     "checkpoint": {"models", "config"},
-    "models": {"config"},
+    "models": {"config", "layout"},
     "sampling": {"request"},
-    "inputs": {"request", "config"},
+    "inputs": {"request", "config", "layout"},
     "request": {"config"},
     "settings": set(),
     "buckets": set(),
@@ -35,6 +36,7 @@ MAY_IMPORT = {
     "command": set(),
     "pallas": set(),
     "placement": set(),
+    "layout": set(),
     "config": set(),
     "errors": set(),
 }

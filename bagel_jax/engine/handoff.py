@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from bagel_jax.errors import InputError
-from bagel_jax.inputs.plan import View
+from bagel_jax.layout import KVPrefix
 
 VIEWS = 3  # of a context at most: as many as there are guidance branches
 _FORMAT = "bagel_jax context"
@@ -112,7 +112,7 @@ class ContextKV:
         return context
 
 
-def branches(main: View, text: View, img: View) -> tuple[list[View], int, int]:
+def branches(main: KVPrefix, text: KVPrefix, img: KVPrefix) -> tuple[list[KVPrefix], int, int]:
     """The views of the three guidance branches without repetition, and which the second and third branch have."""
     views = list(dict.fromkeys((main, text, img)))
     return views, views.index(text), views.index(img)

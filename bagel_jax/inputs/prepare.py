@@ -11,8 +11,8 @@ from bagel_jax.config import BagelConfig
 from bagel_jax.errors import InputError
 from bagel_jax.inputs import noise
 from bagel_jax.inputs.images import InputImage, grid_positions, prepare_image
-from bagel_jax.inputs.plan import Contexts, ImageGrids, Plan, Text, contexts, plan
 from bagel_jax.inputs.tokenizer import Tokenizer
+from bagel_jax.layout import Contexts, ImageGrids, KVPlan, Text, contexts, plan
 from bagel_jax.request import Request
 
 # The official `inferencer.py`, to the letter, the space before the line break included.
@@ -35,7 +35,7 @@ class Prepared:
     """A request, tokenized, planned, with its images and its noise."""
 
     request: Request
-    plan: Plan
+    plan: KVPlan
     images: tuple[InputImage, ...]
     posterior_noise: tuple[np.ndarray, ...]  # [h, w, C], one an image that the autoencoder reads
     image_size: tuple[int, int] | None  # height and width of the image to make, in pixels
@@ -75,7 +75,7 @@ def prepare(request: Request, config: BagelConfig, tokenizer: Tokenizer) -> Prep
             )
     wanted = contexts(parts, system=system, negative=negative)
     if not request.makes_image:  # nothing is guided
-        wanted = Contexts(wanted.main, wanted.main, wanted.main)
+        wanted = Contexts(wanted.cond, wanted.cond, wanted.cond)
         return Prepared(request, plan(wanted), tuple(images), (), None, None, None, request.notes)
 
     notes = request.notes

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from bagel_jax.layout import PackedMask
 from bagel_jax.models.layers import precision
 
 
@@ -36,37 +36,18 @@ def attend(q: jax.Array, kv: KV, kv_end: jax.Array) -> jax.Array:
     return _sliced(lambda q, end: _attend(q, kv, jnp.arange(kv.k.shape[0]) < end[:, None]), q, kv_end, kv.k.shape[0])
 
 
-class Sight(NamedTuple):
-    """Who sees whom among tokens packed in any order, each `[..., T]` int32 (training; serving needs `kv_end` alone).
-
-    A token sees those of its own sample that stand before its `end`, but for those of a noised image, which only
-    that image's own tokens see. Padding is sample 0.
-    """
-
-    sample: jax.Array
-    order: jax.Array  # the token's place in its sample
-    end: jax.Array  # it sees the places [0, end)
-    noised: jax.Array  # number of the noised image that it belongs to; 0: none
-
-    def of(self, other: Sight) -> jax.Array:
-        """`[T, T']` bool: whether each of these tokens sees each of the `other` ones."""
-        mine, others = (Sight(*(x[index] for x in s)) for s, index in ((self, np.s_[:, None]), (other, np.s_[None])))
-        unseen = (others.noised != 0) & (others.noised != mine.noised)
-        return (mine.sample == others.sample) & (others.order < mine.end) & ~unseen
-
-
-def attend_packed(q: jax.Array, kv: KV, sight: Sight) -> jax.Array:
+def attend_packed(q: jax.Array, kv: KV, mask: PackedMask) -> jax.Array:
     """Softmax attention among the T tokens of one row that holds several samples.
 
     Args:
         q: queries `[T, H, E]`.
         kv: keys and values of the same tokens, `[T, K, E]`.
-        sight: who sees whom, fields `[T]`.
+        mask: who sees whom, fields `[T]`.
 
     Returns:
         `[T, H, E]` in q's dtype.
     """
-    return _sliced(lambda q, some: _attend(q, kv, some.of(sight)), q, sight, kv.k.shape[0])
+    return _sliced(lambda q, some: _attend(q, kv, some.seen(mask)), q, mask, kv.k.shape[0])
 
 
 def _sliced(function, q, per_query, num_keys):

@@ -18,7 +18,8 @@ import numpy as np
 from flax import nnx
 
 from bagel_jax.config import TrunkConfig
-from bagel_jax.models.attention import KV, Sight, attend_packed
+from bagel_jax.layout import PackedMask
+from bagel_jax.models.attention import KV, attend_packed
 from bagel_jax.models.layers import ACTIVATIONS, linear, precision, rms_norm, scan_layers, stack
 
 
@@ -143,13 +144,13 @@ class MoT(nnx.Module):
         """Hidden states through the final norms."""
         return Block(self.norm(x.und), None if x.gen is None else self.norm_gen(x.gen))
 
-    def packed(self, x: Block, positions: jax.Array, sight: Sight, *, remat: bool = False) -> Block:
+    def packed(self, x: Block, positions: jax.Array, mask: PackedMask, *, remat: bool = False) -> Block:
         """All layers over rows that hold several samples each, for training.
 
         Args:
             x: embedded tokens, `und` `[B, T, D]` and `gen` `[B, N, D]`, both there.
             positions: RoPE positions, `[B, T + N]`.
-            sight: who sees whom, fields `[B, T + N]`.
+            mask: who sees whom, fields `[B, T + N]`.
             remat: see `scan_layers`.
 
         Returns:
@@ -157,7 +158,7 @@ class MoT(nnx.Module):
         """
 
         def attention(_, q, kv, cache):
-            return jax.vmap(attend_packed)(q, kv, sight), cache
+            return jax.vmap(attend_packed)(q, kv, mask), cache
 
         return self.normed(self(x, positions, attention, remat=remat)[0])
 

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from bagel_jax.config import VitConfig
-from bagel_jax.models.attention import KV, Sight, attend, attend_packed
+from bagel_jax.layout import PackedMask
+from bagel_jax.models.attention import KV, attend, attend_packed
 from bagel_jax.models.layers import ACTIVATIONS, layer_norm, linear, scan_layers, stack
 
 
@@ -61,19 +62,21 @@ class SigLIP(nnx.Module):
         kv_end = jnp.full((patches.shape[0],), length, jnp.int32)
         return self._run(patches, position_ids, lambda q, kv: attend(q, kv, kv_end))
 
-    def packed(self, patches: jax.Array, position_ids: jax.Array, sight: Sight, *, remat: bool = False) -> jax.Array:
+    def packed(
+        self, patches: jax.Array, position_ids: jax.Array, mask: PackedMask, *, remat: bool = False
+    ) -> jax.Array:
         """Rows of several images each, for training.
 
         Args:
             patches: `[B, T, patch * patch * channels]`, as above.
             position_ids: `[B, T]` int32.
-            sight: who sees whom, fields `[B, T]`.
+            mask: who sees whom, fields `[B, T]`.
             remat: see `scan_layers`.
 
         Returns:
             `[B, T, width]`.
         """
-        return self._run(patches, position_ids, lambda q, kv: jax.vmap(attend_packed)(q, kv, sight), remat=remat)
+        return self._run(patches, position_ids, lambda q, kv: jax.vmap(attend_packed)(q, kv, mask), remat=remat)
 
     def _run(self, patches, position_ids, attention, *, remat=False):
         x = self.patch_embed(patches) + self.positions(position_ids)

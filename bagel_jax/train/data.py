@@ -26,10 +26,11 @@ from bagel_jax.errors import InputError
 from bagel_jax.inputs.images import InputImage, prepare_image
 from bagel_jax.inputs.prepare import latent_positions, vit_positions
 from bagel_jax.inputs.tokenizer import Tokenizer
+from bagel_jax.layout import Gap
 from bagel_jax.request import open_image
 from bagel_jax.train.config import DataTable, ObjectiveTable
 from bagel_jax.train.latents import LatentStore
-from bagel_jax.train.packing import Dropped, Part, Sample, TextPart, VaePart, VitPart, lay_out, pack
+from bagel_jax.train.packing import Part, Sample, TextPart, VaePart, VitPart, lay_out, pack
 
 # So many samples, one after the other, that are longer than a row end a run.
 _TOO_LONG = 1000
@@ -127,10 +128,10 @@ class Sampler:
                 parts.append(self._noised(path, rng))
             if role in ("vae", "both"):
                 dropped = dropouts and rng.random() < o.vae_dropout
-                parts.append(Dropped(1) if dropped else VaePart(*self._encoded(path, rng)))
+                parts.append(Gap(1) if dropped else VaePart(*self._encoded(path, rng)))
             if role in ("vit", "both"):
                 dropped = dropouts and rng.random() < o.vit_dropout
-                parts.append(Dropped(1) if dropped else self._vit(path))
+                parts.append(Gap(1) if dropped else self._vit(path))
         c = self.config
         return lay_out(
             parts,

@@ -155,7 +155,7 @@ def _next_batch(c: TrainConfig, start: Start, batches) -> tuple[Any, int, float]
     if c.objective.kind == "autoencoder":
         return np.stack(parts), len(parts) * len(parts[0]), 0.0
     parts = [Batch.of(part) for part in parts]
-    count = sum(int((part.sight.sample > 0).sum()) for part in parts)
+    count = sum(int((part.mask.segment_ids > 0).sum()) for part in parts)
     work = sum(batch_tflop(part, start.config) for part in parts)
     return jax.tree.map(lambda *x: np.stack(x), *parts), count, work
 

@@ -42,7 +42,7 @@ def batch_tflop(batch: Batch, config: BagelConfig) -> float:
     t = config.trunk
     projections = t.hidden_size * t.head_dim * (2 * t.num_heads + 2 * t.num_kv_heads)
     dense = t.num_layers * (projections + 3 * t.hidden_size * t.mlp_width)
-    sample = np.asarray(batch.sight.sample).reshape(-1, batch.sight.sample.shape[-1])
+    sample = np.asarray(batch.mask.segment_ids).reshape(-1, batch.mask.segment_ids.shape[-1])
     tokens = int((sample > 0).sum())
     texts = int((np.asarray(batch.labels) >= 0).sum())
     pairs = sum(int((np.bincount(row[row > 0]) ** 2).sum()) for row in sample)

@@ -31,13 +31,13 @@ def token_losses(
 ) -> TokenLosses:
     """Every place's own loss, in float32; for `remat` and `place` see `loss`."""
     text = model.trunk.embed(batch.ids)
-    vit = model.connector(model.vit.packed(batch.patches, batch.vit_positions, batch.vit_sight, remat=remat))
+    vit = model.connector(model.vit.packed(batch.patches, batch.vit_positions, batch.vit_mask, remat=remat))
     vit = vit + model.vit_positions(batch.vit_positions)
     t = batch.timestep[..., None]
     noisy = (1 - t) * batch.latents + t * batch.noise
     gen = model.embed_latents(noisy.astype(text.dtype), batch.timestep, batch.latent_positions)
     block = Block(place(jnp.concatenate([text, vit], axis=1)), place(gen))
-    out = model.trunk.packed(block, batch.rope, batch.sight, remat=remat)
+    out = model.trunk.packed(block, batch.rope, batch.mask, remat=remat)
     velocity = model.latent_out(out.gen).astype(jnp.float32)
     mse = jnp.mean(jnp.square(velocity - (batch.noise - batch.latents)), axis=-1)
     return TokenLosses(

@@ -1,9 +1,9 @@
 """Samples as arrays of tokens, and rows of them as what the objective takes.
 
-A sample is a list of segments, as a request's context is, but that some texts have a loss and some images noise on
-them. Its tokens are sorted by what they are: texts (the markers of images among them), ViT patches, latents. A row
-of a batch has a fixed number of places for each kind, filled with the tokens of several samples; where in its sample a
-token stands is told by its numbers, not by its place.
+A sample is a list of segments, as a request's context is (`layout.py`), but that some texts have a loss and some images
+noise on them. Its tokens are sorted by what they are: texts (the markers of images among them), ViT patches, latents. A
+row of a batch has a fixed number of places for each kind, filled with the tokens of several samples; where in its
+sample a token stands is told by its numbers, not by its place in the row.
 
 Source: `pack_sequence` in the official `data/dataset_base.py`.
 """
@@ -11,12 +11,23 @@ Source: `pack_sequence` in the official `data/dataset_base.py`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from bagel_jax.models.attention import Sight
+from bagel_jax.layout import (
+    TEXT,
+    VAE,
+    VIT,
+    Gap,
+    PackedMask,
+    Segment,
+    Text,
+    VaeImage,
+    VitImage,
+    place,
+    tokens,
+)
 
 # Images of one row are told apart by sample * this + number in the sample.
 _IMAGES = 1024
@@ -29,6 +40,10 @@ class TextPart:
     ids: tuple[int, ...]
     loss: bool = False
 
+    def segment(self, image: int) -> Segment:
+        """What it is to the layout; `image` numbers the images of a sample."""
+        return Text(self.ids)
+
 
 @dataclass(frozen=True)
 class VitPart:
@@ -36,6 +51,10 @@ class VitPart:
 
     patches: np.ndarray  # [n, patch * patch * channels]
     position_ids: np.ndarray  # [n]
+
+    def segment(self, image: int) -> Segment:
+        """See `TextPart.segment`; of its grid only the number of patches matters here."""
+        return VitImage(image, 1, len(self.position_ids))
 
 
 @dataclass(frozen=True)
@@ -47,26 +66,15 @@ class VaePart:
     timestep: float = 0.0  # in (0, 1] where there is noise
     noise: np.ndarray | None = None  # [n, C p²] standard normal; None: clean
 
-
-@dataclass(frozen=True)
-class Dropped:
-    """A condition left out. An image left out still moves the RoPE position on, as in the official code."""
-
-    rope_advance: int
+    def segment(self, image: int) -> Segment:
+        """See `TextPart.segment`."""
+        return VaeImage(image, 1, len(self.position_ids), noised=self.noise is not None)
 
 
-Part = TextPart | VitPart | VaePart | Dropped
+Part = TextPart | VitPart | VaePart | Gap
 Sample = dict[str, np.ndarray]
-
-
-class Spot(NamedTuple):
-    """Where a token stands, each `[..., T]` int32."""
-
-    rope: Any
-    order: Any
-    end: Any
-    image: Any  # number of its image in the sample, from 1; 0: none
-    noised: Any  # the same, if that image is noised; else 0
+# The columns of a token that tell where it stands: fields of `layout.Tokens`.
+_STANDS = ("rope", "place", "kv_end", "block", "noised")
 
 
 def lay_out(
@@ -83,66 +91,51 @@ def lay_out(
             a loss: 0 weighs tokens alike, 1 texts, 0.5 between (`len2weight` in the official `data/data_utils.py`).
 
     Returns:
-        `text` `[n, 7]` int32 (id, label or -1, then the fields of `Spot`), `text_weight` `[n]`, `vit` `[n, 6]` int32
-        (position, `Spot`), `vit_patches` `[n, patch_dim]`, `latent` `[n, 6]` int32, `latents` and `noise` `[n, C p²]`,
-        `timestep` `[n]`.
+        `text` `[n, 7]` int32 (id, label or -1, then RoPE position, place, kv_end, block and noised block as in
+        `layout.Tokens`), `text_weight` `[n]`, `vit` `[n, 6]` int32 (row of the position table, the same five),
+        `vit_patches` `[n, patch_dim]`, `latent` `[n, 6]` int32, `latents` and `noise` `[n, C p²]`, `timestep` `[n]`.
     """
-    text, weights, vit, patches, latent, latents, noise, timesteps = ([] for _ in range(8))
-    place = rope = images = 0
-    for part in parts:
-        if isinstance(part, Dropped):
-            rope += part.rope_advance
-        elif isinstance(part, TextPart):
-            n = len(part.ids)
-            rows = np.zeros((n, 7), np.int32)
-            rows[:, 0], rows[:, 1] = part.ids, -1
-            rows[:, 2] = rope + np.arange(n)
-            rows[:, 3] = place + np.arange(n)
-            rows[:, 4] = rows[:, 3] + 1
-            weight = np.zeros(n, np.float32)
-            if part.loss:
-                rows[:-1, 1] = part.ids[1:]
-                weight[:-1] = float(n - 1) ** -ce_power
-            text.append(rows)
-            weights.append(weight)
-            place, rope = place + n, rope + n
-        else:
-            images += 1
-            n = len(part.position_ids)
-            noised = isinstance(part, VaePart) and part.noise is not None
-            spot = np.array([rope, 0, place + n + 2, images, images if noised else 0], np.int32)
-            both = np.zeros((2, 7), np.int32)
-            both[:, 0], both[:, 1], both[:, 2:] = markers, -1, spot
-            both[:, 3] = place, place + n + 1
-            text.append(both)
-            weights.append(np.zeros(2, np.float32))
-            rows = np.zeros((n, 6), np.int32)
-            rows[:, 0], rows[:, 1:] = part.position_ids, spot
-            rows[:, 2] = place + 1 + np.arange(n)
-            if isinstance(part, VitPart):
-                vit.append(rows)
-                patches.append(part.patches)
-            else:
-                latent.append(rows)
-                latents.append(part.latents)
-                noise.append(part.noise if noised else np.zeros_like(part.latents))
-                timesteps.append(np.full(n, part.timestep if noised else 0.0, np.float32))
-            # A noised image is seen by nobody, so what follows it stands where it stood.
-            place, rope = place + n + 2, rope + (0 if noised else 1)
+    segments = [part if isinstance(part, Gap) else part.segment(i) for i, part in enumerate(parts)]
+    laid = tokens(place(segments), markers)
+    vits = [part for part in parts if isinstance(part, VitPart)]
+    vaes = [part for part in parts if isinstance(part, VaePart)]
 
     def join(arrays, shape, dtype):
         return np.concatenate([np.zeros(shape, dtype), *arrays]).astype(dtype)
 
+    def table(kind: int, *columns: np.ndarray) -> np.ndarray:
+        some = laid.of(laid.kind == kind)
+        return np.stack([*columns, *(getattr(some, name) for name in _STANDS)], axis=1).astype(np.int32)
+
+    learned = [_learned(part, ce_power) for part in parts]
     return {
-        "text": join(text, (0, 7), np.int32),
-        "text_weight": join(weights, (0,), np.float32),
-        "vit": join(vit, (0, 6), np.int32),
-        "vit_patches": join(patches, (0, patch_dim), np.float32),
-        "latent": join(latent, (0, 6), np.int32),
-        "latents": join(latents, (0, latent_dim), np.float32),
-        "noise": join(noise, (0, latent_dim), np.float32),
-        "timestep": join(timesteps, (0,), np.float32),
+        "text": table(TEXT, laid.id[laid.kind == TEXT], join([labels for labels, _ in learned], (0,), np.int32)),
+        "text_weight": join([weights for _, weights in learned], (0,), np.float32),
+        "vit": table(VIT, join([part.position_ids for part in vits], (0,), np.int32)),
+        "vit_patches": join([part.patches for part in vits], (0, patch_dim), np.float32),
+        "latent": table(VAE, join([part.position_ids for part in vaes], (0,), np.int32)),
+        "latents": join([part.latents for part in vaes], (0, latent_dim), np.float32),
+        "noise": join(
+            [np.zeros_like(part.latents) if part.noise is None else part.noise for part in vaes],
+            (0, latent_dim),
+            np.float32,
+        ),
+        "timestep": join(
+            [np.full(len(part.latents), 0.0 if part.noise is None else part.timestep) for part in vaes],
+            (0,),
+            np.float32,
+        ),
     }
+
+
+def _learned(part: Part, ce_power: float) -> tuple[np.ndarray, np.ndarray]:
+    """Label and weight of each text token or marker of a segment, in order."""
+    count = len(part.ids) if isinstance(part, TextPart) else 0 if isinstance(part, Gap) else 2
+    labels, weights = np.full(count, -1, np.int32), np.zeros(count, np.float32)
+    if isinstance(part, TextPart) and part.loss:
+        labels[:-1] = part.ids[1:]
+        weights[:-1] = float(count - 1) ** -ce_power
+    return labels, weights
 
 
 # Which places of a row each array of a sample takes.
@@ -202,19 +195,24 @@ class Batch:
     timestep: jax.Array  # [B, N]; 0: clean
     latent_positions: jax.Array  # [B, N]
     rope: jax.Array  # [B, Tt + Tv + N]
-    sight: Sight  # [B, Tt + Tv + N]
-    vit_sight: Sight  # [B, Tv]
+    mask: PackedMask  # [B, Tt + Tv + N]
+    vit_mask: PackedMask  # [B, Tv]
 
     @classmethod
     def of(cls, packed: dict[str, np.ndarray]) -> Batch:
         """From the arrays that `pack` makes."""
-        spots, samples = [], []
+        stands, samples = [], []
         for name, skip in (("text", 2), ("vit", 1), ("latent", 1)):
-            spots.append(Spot(*np.moveaxis(packed[name][..., skip:], -1, 0)))
+            columns = dict(zip(_STANDS, np.moveaxis(packed[name][..., skip:], -1, 0), strict=True))
+            stands.append(columns)
             samples.append(packed[f"{name}_sample"])
-        spot = Spot(*(np.concatenate(parts, axis=1) for parts in zip(*spots, strict=True)))
+        rope, position, kv_end, noised = (
+            np.concatenate([columns[name] for columns in stands], axis=1)
+            for name in ("rope", "place", "kv_end", "noised")
+        )
         sample = np.concatenate(samples, axis=1)
-        vit_sample = np.where(samples[1] > 0, samples[1] * _IMAGES + spots[1].image, 0)
+        # To the ViT an image is a sample of its own, in which all see all: one place, which ends before 1.
+        vit_sample = np.where(samples[1] > 0, samples[1] * _IMAGES + stands[1]["block"], 0)
         zero = np.zeros_like(vit_sample)
         batch = cls(
             ids=packed["text"][..., 0],
@@ -226,8 +224,8 @@ class Batch:
             noise=packed["noise"],
             timestep=packed["timestep"],
             latent_positions=packed["latent"][..., 0],
-            rope=spot.rope,
-            sight=Sight(sample, spot.order, spot.end, spot.noised),
-            vit_sight=Sight(vit_sample, zero, zero + 1, zero),
+            rope=rope,
+            mask=PackedMask(sample, position, kv_end, noised),
+            vit_mask=PackedMask(vit_sample, zero, zero + 1, zero),
         )
         return jax.tree.map(np.ascontiguousarray, batch)

@@ -100,9 +100,9 @@ def test_img2img_prefills_its_image_once(bagel):
     prepared = bagel.prepare(Request.create("img2img", "a red bench", random_image()))
     result = bagel.run(prepared)
     plan = prepared.plan
-    text = plan.main.length - plan.text.length
-    assert result.prefilled_tokens == plan.main.length + text  # the third branch is the text alone
-    assert plan.text.length > 2 * text
+    text = plan.cond.length - plan.drop_text.length
+    assert result.prefilled_tokens == plan.cond.length + text  # the third branch is the text alone
+    assert plan.drop_text.length > 2 * text
 
 
 def test_events(bagel):
@@ -160,7 +160,7 @@ def test_one_id_twice(bagel):
 def test_what_stage_1_has_no_room_for(bagel):
     """A context that stage 1 can never take waits for ever."""
     long = Request.create("text2img", "a bench " * 1400, **SIZES, steps=3)
-    assert bagel.prepare(long).plan.main.length > 2600
+    assert bagel.prepare(long).plan.cond.length > 2600
     small = new_model(dit_max_num_seqs=1, num_pages=2000)
     with pytest.raises(InputError, match=r"pages of 64 tokens in stage 1, which has \d+; give a shorter prompt"):
         small.run(long)

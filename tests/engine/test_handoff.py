@@ -272,9 +272,9 @@ def test_views_share_pages(context):
     """What two branches have in common crosses twice."""
     plan = model().prepare(edit()).plan
     size = model().settings.page_size
-    np.testing.assert_array_equal(context.length, [plan.main.length, plan.text.length, plan.img.length])
-    np.testing.assert_array_equal(context.rope, [plan.main.rope, plan.text.rope, plan.img.rope])
-    assert context.num_pages <= sum(-(-length // size) for length in (plan.main.length, plan.img.length))
+    np.testing.assert_array_equal(context.length, [plan.cond.length, plan.drop_text.length, plan.drop_image.length])
+    np.testing.assert_array_equal(context.rope, [plan.cond.rope, plan.drop_text.rope, plan.drop_image.rope])
+    assert context.num_pages <= sum(-(-length // size) for length in (plan.cond.length, plan.drop_image.length))
     numbers, table = tables([[7, 3, 9], [7, 3], [5]])
     np.testing.assert_array_equal(numbers, [7, 3, 9, 5])
     np.testing.assert_array_equal(table, [[0, 1, 2], [0, 1, 0], [3, 0, 0]])
@@ -303,7 +303,7 @@ np.save(sys.argv[1] + "/latents", made.run(edit()).latents)
 def elsewhere(tmp_path_factory) -> Path:
     """A folder with what a process whose stages are on two devices left there."""
     folder = tmp_path_factory.mktemp("elsewhere")
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "PYTHONPATH": str(Path(__file__).parent)}
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "PYTHONPATH": str(Path(__file__).parents[1])}
     done = process("-c", _OTHER_PROCESS, folder, **flags)
     assert done.returncode == 0, done.stderr
     return folder

@@ -99,11 +99,11 @@ def test_turns_find_what_earlier_turns_computed(bagel):
     results += [session.draw(prompt, **STEPS) for prompt in ("make it blue", "make it larger", "and green")]
     plans = [bagel.prepare(request).plan for request in session.requests]
     assert results[0].cached_prefix_tokens == 0
-    assert results[0].prefilled_tokens == plans[0].main.length
+    assert results[0].prefilled_tokens == plans[0].cond.length
     for before, after, result in zip(plans, plans[1:], results[1:], strict=False):
-        assert before.main.length < after.text.length < after.main.length  # the image's blocks, then the prompt
-        assert result.cached_prefix_tokens >= before.main.length  # all blocks of all images that were there
-        new = after.main.length - before.main.length + after.img.length - before.img.length
+        assert before.cond.length < after.drop_text.length < after.cond.length  # the image's blocks, then the prompt
+        assert result.cached_prefix_tokens >= before.cond.length  # all blocks of all images that were there
+        new = after.cond.length - before.cond.length + after.drop_image.length - before.drop_image.length
         assert result.prefilled_tokens == new
 
 
@@ -114,7 +114,7 @@ def test_the_images_blocks_are_found(bagel):
     session.draw("make it blue", **STEPS)
     third = session.draw("make it larger", **STEPS)
     second = bagel.prepare(session.requests[1])
-    blocks = second.plan.text.length - bagel.prepare(session.requests[0]).plan.main.length
+    blocks = second.plan.drop_text.length - bagel.prepare(session.requests[0]).plan.cond.length
     (rows, columns), vae = second.images[0].vit_grid, second.posterior_noise[0].shape[:2]
     assert blocks == vae[0] // 2 * (vae[1] // 2) + 2 + rows * columns + 2
     assert third.cached_prefix_tokens > blocks
@@ -145,11 +145,11 @@ def test_ask_after_draw(bagel):
     assert request.modality == "img2text"
     assert request.inputs == ("a red bench", drawn.image, "what is in the image?")
     assert session.history == [*request.inputs, answer.text]
-    prompt = bagel.prepare(session.requests[0]).plan.main.length
+    prompt = bagel.prepare(session.requests[0]).plan.cond.length
     assert answer.cached_prefix_tokens == prompt
-    assert answer.prefilled_tokens == bagel.prepare(request).plan.main.length - prompt
+    assert answer.prefilled_tokens == bagel.prepare(request).plan.cond.length - prompt
     again = session.ask("and now?", max_tokens=2)
-    assert again.cached_prefix_tokens == bagel.prepare(request).plan.main.length
+    assert again.cached_prefix_tokens == bagel.prepare(request).plan.cond.length
 
 
 def test_the_plan_of_think_mode_joins_the_history(bagel):

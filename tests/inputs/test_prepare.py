@@ -9,8 +9,8 @@ import pytest
 from small import CONFIG, model, random_image
 
 from bagel_jax.errors import InputError
-from bagel_jax.inputs.plan import Text, VaeImage, VitImage
 from bagel_jax.inputs.prepare import THINK_PROMPTS, latent_positions, prepare, vit_positions
+from bagel_jax.layout import Text, VaeImage, VitImage
 from bagel_jax.request import Request
 
 # Copied from the official inferencer.py, trailing spaces included.
@@ -31,7 +31,7 @@ def prepared(modality, *args, config=CONFIG, **kwargs):
 
 
 def segments(made, build=0):
-    return [placed.segment for placed in made.plan.builds[build].compute]
+    return [placed.segment for placed in made.plan.sequences[build].compute]
 
 
 def text(prompt):
@@ -69,7 +69,7 @@ def test_regression_22_no_placeholder_tokens():
     placeholders = set(tokenizer.prompt("<|image_pad|><|vision_pad|><|vision_start|><|vision_end|>")[1:-1])
     assert len(placeholders) == 4
     made = prepared("img2img", inputs=["a", random_image(), "b"], think=True)
-    for build in made.plan.builds:
+    for build in made.plan.sequences:
         for placed in build.compute:
             if isinstance(placed.segment, Text):
                 assert not placeholders & set(placed.segment.ids)
@@ -123,9 +123,9 @@ def test_understanding_uses_no_autoencoder():
 
 def test_understanding_computes_one_context():
     """A question about an image prefills its text twice: once more for a guidance branch that never runs."""
-    assert len(prepared("img2text", "a", random_image()).plan.builds) == 1
-    assert len(prepared("img2text", "a", random_image(), think=True).plan.builds) == 1
-    assert len(prepared("text2text", "a").plan.builds) == 1
+    assert len(prepared("img2text", "a", random_image()).plan.sequences) == 1
+    assert len(prepared("img2text", "a", random_image(), think=True).plan.sequences) == 1
+    assert len(prepared("text2text", "a").plan.sequences) == 1
 
 
 def test_text2img_size():
@@ -155,10 +155,10 @@ def test_negative_prompt():
     """A negative prompt is tokenized without markers, or an empty one puts markers where nothing belongs."""
     plain, empty = prepared("text2img", "a"), prepared("text2img", "a", negative_prompt="")
     assert plain.plan == empty.plan
-    assert plain.plan.text.length == 0
+    assert plain.plan.drop_text.length == 0
     made = prepared("text2img", "a", negative_prompt="b")
     assert segments(made, 1) == [text("b")]
-    assert made.plan.text.cache == 1
+    assert made.plan.drop_text.sequence == 1
 
 
 def test_negative_prompt_does_nothing_to_text():

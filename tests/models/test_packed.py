@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from small import CONFIG, weights
 from training import full_batch, tiny_weights
 
+from bagel_jax.layout import PackedMask
 from bagel_jax.models import attention
-from bagel_jax.models.attention import KV, Sight, attend_packed
+from bagel_jax.models.attention import KV, attend_packed
 from bagel_jax.models.mot import Block
 from bagel_jax.models.weights import fill, flatten
 from bagel_jax.train.objective import loss
@@ -37,16 +38,16 @@ def naive(q, kv, seen):
     return out
 
 
-def definition(sight: Sight) -> np.ndarray:
-    """`Sight` in words: who sees whom, one pair at a time."""
-    count = len(sight.sample)
+def definition(mask: PackedMask) -> np.ndarray:
+    """`PackedMask` in words: who sees whom, one pair at a time."""
+    count = len(mask.segment_ids)
     seen = np.zeros((count, count), bool)
     for me in range(count):
         for other in range(count):
             seen[me, other] = (
-                sight.sample[me] == sight.sample[other]
-                and sight.order[other] < sight.end[me]
-                and sight.noised[other] in (0, sight.noised[me])
+                mask.segment_ids[me] == mask.segment_ids[other]
+                and mask.position[other] < mask.kv_end[me]
+                and mask.noised_id[other] in (0, mask.noised_id[me])
             )
     return seen
 
@@ -58,22 +59,22 @@ def drawn(seed, tokens=11, kv_heads=2, group=2, width=4):
     def normal(*shape):
         return generator.standard_normal(shape).astype(np.float32)
 
-    sight = Sight(
-        sample=generator.randint(0, 3, tokens).astype(np.int32),
-        order=generator.permutation(tokens).astype(np.int32),
-        end=generator.randint(0, tokens + 1, tokens).astype(np.int32),
-        noised=generator.randint(0, 3, tokens).astype(np.int32) * (generator.rand(tokens) < 0.5),
+    mask = PackedMask(
+        segment_ids=generator.randint(0, 3, tokens).astype(np.int32),
+        position=generator.permutation(tokens).astype(np.int32),
+        kv_end=generator.randint(0, tokens + 1, tokens).astype(np.int32),
+        noised_id=generator.randint(0, 3, tokens).astype(np.int32) * (generator.rand(tokens) < 0.5),
     )
     kv = KV(normal(tokens, kv_heads, width), normal(tokens, kv_heads, width))
-    return 2 * normal(tokens, kv_heads * group, width), kv, jax.tree.map(lambda x: x.astype(np.int32), sight)
+    return 2 * normal(tokens, kv_heads * group, width), kv, jax.tree.map(lambda x: x.astype(np.int32), mask)
 
 
 @settings(deadline=None, max_examples=40)
 @given(seed=st.integers(0, 10_000))
-def test_sight_is_its_definition(seed):
+def test_mask_is_its_definition(seed):
     """A token sees another sample, what comes after it, or a noised image of others."""
-    sight = drawn(seed)[2]
-    assert np.array_equal(sight.of(sight), definition(sight))
+    mask = drawn(seed)[2]
+    assert np.array_equal(mask.seen(mask), definition(mask))
 
 
 @pytest.mark.parametrize("limit", [10**9, 100, 50, 1])
@@ -81,9 +82,9 @@ def test_attention_is_softmax_over_what_is_seen(limit, monkeypatch):
     """Attention reads tokens that are not seen, or the slices that long rows are cut into do not fit together."""
     monkeypatch.setattr(attention, "_max_scores", lambda: limit)
     for seed in range(6):
-        q, kv, sight = drawn(seed)
-        ours = np.asarray(attend_packed(q, kv, sight))
-        wanted = naive(q, kv, definition(sight))
+        q, kv, mask = drawn(seed)
+        ours = np.asarray(attend_packed(q, kv, mask))
+        wanted = naive(q, kv, definition(mask))
         blind = np.isnan(wanted).all(axis=(1, 2))
         assert blind.sum() < len(q)
         np.testing.assert_allclose(ours[~blind], wanted[~blind], rtol=1e-4, atol=1e-5)
@@ -95,8 +96,8 @@ def test_gradients_in_slices_are_the_same(monkeypatch):
 
     def gradients(limit):
         monkeypatch.setattr(attention, "_max_scores", lambda: limit)
-        q, kv, sight = drawn(3)
-        return jax.grad(lambda q, k, v: jnp.sum(jnp.sin(attend_packed(q, KV(k, v), sight))), (0, 1, 2))(q, *kv)
+        q, kv, mask = drawn(3)
+        return jax.grad(lambda q, k, v: jnp.sum(jnp.sin(attend_packed(q, KV(k, v), mask))), (0, 1, 2))(q, *kv)
 
     for whole, sliced in zip(gradients(10**9), gradients(100), strict=True):
         assert np.isfinite(whole).all()
@@ -107,10 +108,10 @@ def test_gradients_in_slices_are_the_same(monkeypatch):
 def test_slices_hold_few_scores(monkeypatch):
     """Packed rows of 20,000 tokens hold all their scores at once and run out of memory, backwards too."""
     monkeypatch.setattr(attention, "_max_scores", lambda: 2000)
-    q, kv, sight = drawn(0, tokens=400)
+    q, kv, mask = drawn(0, tokens=400)
 
     def total(q, k, v):
-        return jnp.sum(attend_packed(q, KV(k, v), sight) ** 2)
+        return jnp.sum(attend_packed(q, KV(k, v), mask) ** 2)
 
     compiled = jax.jit(jax.grad(total, (0, 1, 2))).lower(q, *kv).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 400 * 400 * 4 * 4 / 4
@@ -148,7 +149,7 @@ def test_the_trunk_learns_what_it_serves():
         text = m.trunk.embed(batch.ids)
         vit = jnp.zeros((1, 3, text.shape[-1]))
         gen = m.embed_latents(batch.latents, batch.timestep, batch.latent_positions)
-        return m.trunk.packed(Block(jnp.concatenate([text, vit], axis=1), gen), batch.rope, batch.sight, remat=remat)
+        return m.trunk.packed(Block(jnp.concatenate([text, vit], axis=1), gen), batch.rope, batch.mask, remat=remat)
 
     gen = model.embed_latents(latents[None], jnp.zeros((1, 1)), positions)
     und, gen = serve(model.trunk, texts, gen[0])
@@ -176,7 +177,7 @@ def test_a_row_of_images_is_each_image_alone():
     zero = np.zeros_like(sample)
     vit = weights().model().vit
     for remat in (False, True):
-        ours = vit.packed(row, ids, Sight(sample, zero, zero + 1, zero), remat=remat)
+        ours = vit.packed(row, ids, PackedMask(sample, zero, zero + 1, zero), remat=remat)
         assert np.isfinite(ours).all()
         start = 0
         for patches, where in zip(images, positions, strict=True):

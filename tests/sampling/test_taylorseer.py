@@ -206,7 +206,7 @@ def contexts():
     made = {}
     for modality, sizes in (("img2img", {}), ("text2img", {"height": 32, "width": 32})):
         prepared = request(modality, **sizes)
-        views, text, img = branches(prepared.plan.main, prepared.plan.text, prepared.plan.img)
+        views, text, img = branches(prepared.plan.cond, prepared.plan.drop_text, prepared.plan.drop_image)
         length, rope = (np.asarray([getattr(view, name) for view in views]) for name in ("length", "rope"))
         table = np.arange(2 * len(views)).reshape(-1, 2)
         pages = np.zeros((1, table.size, 1, 2, 64, 1))

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from training import DIMS, MARKERS, TINY, tiny_weights
 
+from bagel_jax.layout import Gap
 from bagel_jax.train.objective import loss, token_losses
-from bagel_jax.train.packing import Batch, Dropped, TextPart, VaePart, VitPart, lay_out, pack
+from bagel_jax.train.packing import Batch, TextPart, VaePart, VitPart, lay_out, pack
 
 PLACES = {"text": 72, "vit": 40, "latent": 40}
 ROWS = 2
@@ -36,7 +37,7 @@ def each_loss(batch: Batch):
 def part(kind: str, size: int, generator: np.random.RandomState):
     """One segment with random contents."""
     if kind == "drop":
-        return Dropped(size)
+        return Gap(size)
     if kind in ("text", "answer"):
         return TextPart(tuple(generator.randint(0, 700, size).tolist()), kind == "answer")
     if kind == "vit":
@@ -65,8 +66,8 @@ def batch_of(*rows) -> Batch:
 
 def tokens(batch: Batch, row: int, number: int) -> np.ndarray:
     """Places of one sample's tokens in a row, in the sample's order."""
-    places = np.flatnonzero(batch.sight.sample[row] == number)
-    return places[np.argsort(batch.sight.order[row, places])]
+    places = np.flatnonzero(batch.mask.segment_ids[row] == number)
+    return places[np.argsort(batch.mask.position[row, places])]
 
 
 def official_mask(kinds) -> np.ndarray:
@@ -113,7 +114,7 @@ def test_packed_samples_do_not_know_of_each_other(seed, samples, data):
         for ours, theirs, kind in zip(packed, alone, ("text", "latent"), strict=True):
             size = len(sample[kind])
             start = {"text": 0, "latent": PLACES["text"] + PLACES["vit"]}[kind]
-            places = np.flatnonzero(batch.sight.sample[row, start : start + PLACES[kind]] == numbers[row])
+            places = np.flatnonzero(batch.mask.segment_ids[row, start : start + PLACES[kind]] == numbers[row])
             assert len(places) == size
             np.testing.assert_allclose(ours[row, places], theirs[0, :size], rtol=1e-4, atol=1e-5)
         total += [float(x.sum()) for x in alone]
@@ -125,15 +126,15 @@ def test_packed_samples_do_not_know_of_each_other(seed, samples, data):
 def test_mask_is_the_official_one(samples):
     """A text sees what comes after it, or an image that carries noise."""
     batch = batch_of([sample_of(kinds, i) for i, kinds in enumerate(samples)])
-    sight = jax.tree.map(lambda x: x[0], batch.sight)
-    mask = np.asarray(sight.of(sight))
-    seen = np.zeros_like(mask)
+    mask = jax.tree.map(lambda x: x[0], batch.mask)
+    seen = np.asarray(mask.seen(mask))
+    wanted = np.zeros_like(seen)
     for number, kinds in enumerate(samples, 1):
         places = tokens(batch, 0, number)
         expected = official_mask(kinds)
-        assert np.array_equal(mask[np.ix_(places, places)], expected)
-        seen[np.ix_(places, places)] = expected
-    assert np.array_equal(mask, seen)  # nothing between samples, nothing of padding
+        assert np.array_equal(seen[np.ix_(places, places)], expected)
+        wanted[np.ix_(places, places)] = expected
+    assert np.array_equal(seen, wanted)  # nothing between samples, nothing of padding
 
 
 @settings(deadline=None, max_examples=40)
@@ -141,7 +142,7 @@ def test_mask_is_the_official_one(samples):
 def test_vit_sees_one_image_at_a_time(samples):
     """The ViT mixes the patches of two images of one record."""
     batch = batch_of([sample_of(kinds, i) for i, kinds in enumerate(samples)])
-    sight = jax.tree.map(lambda x: x[0], batch.vit_sight)
+    mask = jax.tree.map(lambda x: x[0], batch.vit_mask)
     sizes = [size for kinds in samples for kind, size in kinds if kind == "vit"]
     expected = np.zeros((PLACES["vit"], PLACES["vit"]), bool)
     start = 0
@@ -149,7 +150,7 @@ def test_vit_sees_one_image_at_a_time(samples):
         expected[start : start + size, start : start + size] = True
         start += size
     expected[start:, start:] = True  # padding sees padding, so that it stays finite
-    assert np.array_equal(sight.of(sight), expected)
+    assert np.array_equal(mask.seen(mask), expected)
 
 
 MIXED = [("answer", 4), ("noised", 3), ("answer", 5), ("clean", 2), ("noised", 2), ("answer", 3)]
@@ -212,7 +213,7 @@ def test_ce_power(power):
     samples = [sample_of([("text", 4), ("answer", n + 1)], n, ce_power=power) for n in (1, 4, 9)]
     batch = batch_of(samples)
     for number, n in enumerate((1, 4, 9), 1):
-        mine = batch.text_weight[0][batch.sight.sample[0, : PLACES["text"]] == number]
+        mine = batch.text_weight[0][batch.mask.segment_ids[0, : PLACES["text"]] == number]
         np.testing.assert_allclose(mine.sum(), n ** (1 - power), rtol=1e-6)
 
 

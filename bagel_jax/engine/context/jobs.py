@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 
 from bagel_jax.clock import Span
 from bagel_jax.engine.kv.prefix_cache import Hasher
-from bagel_jax.inputs.plan import Placed, Text, View
 from bagel_jax.inputs.prepare import Prepared
+from bagel_jax.layout import KVPrefix, PlacedSegment, Text
 
 
 @dataclass(eq=False)
 class Sequence:
     """One context of a request and its pages. Its first `computed` tokens have their keys and values there."""
 
-    segments: list[Placed]
+    segments: list[PlacedSegment]
     chain: list[bytes]  # hashes of the prefixes that end with each segment
     source: Sequence | None = None  # shares its first `shared` tokens
     shared: int = 0
@@ -46,13 +46,13 @@ class Sequence:
         """Tokens still to be prefilled."""
         return max(0, self.target - self.computed)
 
-    def remaining(self) -> Iterator[Placed]:
+    def remaining(self) -> Iterator[PlacedSegment]:
         """The segments not wholly computed, in order; decoded tokens that must be computed again are one more."""
         for placed in self.segments:
             if placed.kv_end > self.computed:
                 yield placed
         if len(self.tail) > 1:
-            yield Placed(Text(tuple(self.tail[:-1])), self.length, self.rope)
+            yield PlacedSegment(Text(tuple(self.tail[:-1])), self.length, self.rope)
 
     def reset(self) -> None:
         """Forgets what was computed; the pages must have been released."""
@@ -90,7 +90,7 @@ class Job:
 
     prepared: Prepared
     sequences: list[Sequence]
-    main: View
+    main: KVPrefix
     decoding: Decoding | None
     stats: Statistics
     ids: list[int] | None = None  # decoded, once decoding is over
@@ -102,14 +102,14 @@ class Job:
         """The job of a prepared request."""
         hasher = Hasher(prepared)
         sequences: list[Sequence] = []
-        whole: list[list[Placed]] = []  # with what is shared
-        for build in prepared.plan.builds:
+        whole: list[list[PlacedSegment]] = []  # with what is shared
+        for build in prepared.plan.sequences:
             source = None if build.copy_from is None else sequences[build.copy_from]
             before = [p for p in whole[build.copy_from] if p.kv_end <= build.shared] if source else []
             whole.append([*before, *build.compute])
             chain = hasher.chain(p.segment for p in whole[-1])
             sequences.append(Sequence(whole[-1], chain, source, build.shared))
-        job = cls(prepared, sequences, prepared.plan.main, decoding, Statistics(time.perf_counter()))
+        job = cls(prepared, sequences, prepared.plan.cond, decoding, Statistics(time.perf_counter()))
         if decoding is not None:
             job.sequences[0].tail = [im_start]
         return job

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from bagel_jax.engine.context.jobs import Job, Sequence
 from bagel_jax.engine.kv.pool import PagePool
 from bagel_jax.engine.kv.prefix_cache import PrefixCache
-from bagel_jax.inputs.plan import Text, VaeImage, VitImage
+from bagel_jax.layout import Text, VaeImage, VitImage
 from bagel_jax.settings import ServingSettings
 
 # Texts beside an image's block, and sequences with text to prefill, in one step: few, so that there are few programs.

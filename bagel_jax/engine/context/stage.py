@@ -17,9 +17,9 @@ from bagel_jax.engine.context.scheduler import Image, Scheduler, StepPlan
 from bagel_jax.engine.handoff import ContextKV, Failed, branches, tables
 from bagel_jax.engine.kv.pool import PagePool, choose_num_pages
 from bagel_jax.errors import InputError
-from bagel_jax.inputs.plan import Placed, Text, VaeImage, View
 from bagel_jax.inputs.prepare import Prepared, latent_positions, vit_positions
 from bagel_jax.inputs.tokenizer import Tokenizer
+from bagel_jax.layout import KVPrefix, PlacedSegment, Text, VaeImage
 from bagel_jax.models.weights import Weights
 from bagel_jax.pallas.paged_attention.api import BACKENDS
 from bagel_jax.pallas.paged_attention.pages import empty_pages
@@ -125,9 +125,9 @@ class ContextStage:
         """The context of a request that has finished; its pages here are free from now on."""
         job = self._ready[request_id]
         plan, prepared = job.prepared.plan, job.prepared
-        views, text_view, img_view = branches(job.main, plan.text, plan.img)
+        views, text_view, img_view = branches(job.main, plan.drop_text, plan.drop_image)
         size = self.settings.page_size
-        own, table = tables([job.sequences[view.cache].pages[: -(-view.length // size)] for view in views])
+        own, table = tables([job.sequences[view.sequence].pages[: -(-view.length // size)] for view in views])
         numbers = np.zeros(bucket(max(1, len(own)), 1), np.int32)
         numbers[: len(own)] = own
         pages = steps.take_pages(self.pages, numbers)
@@ -297,8 +297,8 @@ class ContextStage:
             return []
         thought = Text(self.tokenizer.prompt(self.tokenizer.answer(job.ids)))
         sequence.computed, sequence.tail = sequence.length, []
-        sequence.segments.append(Placed(thought, sequence.length, sequence.rope))
-        job.main = View(0, sequence.length, sequence.rope)
+        sequence.segments.append(PlacedSegment(thought, sequence.length, sequence.rope))
+        job.main = KVPrefix(0, sequence.length, sequence.rope)
         reason = self._too_long(job)
         if reason is not None:
             self._release(job)

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import numpy as np
 
 from bagel_jax.engine.kv.pool import PagePool
-from bagel_jax.inputs.plan import Segment, Text, VaeImage
 from bagel_jax.inputs.prepare import Prepared
+from bagel_jax.layout import Segment, Text, VaeImage
 
 
 def _digest(*parts: bytes | np.ndarray) -> bytes:

@@ -13,7 +13,7 @@ from small import model, new_stage, random_image
 from bagel_jax.engine.context.stage import ContextStage, Finished
 from bagel_jax.engine.handoff import Failed
 from bagel_jax.errors import InputError
-from bagel_jax.inputs.plan import ImageGrids, Text, contexts, plan
+from bagel_jax.layout import ImageGrids, Text, contexts, plan
 from bagel_jax.request import Request
 
 VAE, VIT = (8, 8), (4, 4)
@@ -47,7 +47,7 @@ def random_request(generator, i: int, longest: int):
             **limit,
         )
     )
-    system = None if not think else made.plan.builds[0].compute[0].segment
+    system = None if not think else made.plan.sequences[0].compute[0].segment
     images = [ImageGrids(0, VIT, VAE if makes_image else None)] if images else []
     inputs = [text_of(generator, longest), *images] if generator.random() < 0.5 else [*images]
     inputs.append(text_of(generator, longest))

@@ -15,7 +15,7 @@ from bagel_jax.engine.context.batch import copies_of
 from bagel_jax.engine.context.jobs import Decoding, Job
 from bagel_jax.engine.context.scheduler import MAX_TEXTS, TEXT_BESIDE_IMAGE, Scheduler
 from bagel_jax.engine.kv.pool import PagePool
-from bagel_jax.inputs.plan import ImageGrids, Text, VaeImage, VitImage, contexts, plan
+from bagel_jax.layout import ImageGrids, Text, VaeImage, VitImage, contexts, plan
 from bagel_jax.request import Request
 from bagel_jax.settings import ServingSettings
 
@@ -150,7 +150,7 @@ def test_guidance_contexts_share_pages():
     """An edit holds its pages once a guidance branch, or they are copied."""
     stage = new_stage(page_size=16, max_num_batched_tokens=16)
     made = model().prepare(Request.create("img2img", inputs=["a red bench " * 12, random_image(), "a blue clock"]))
-    (build,) = made.plan.builds[1:]
+    (build,) = made.plan.sequences[1:]
     whole = build.shared // 16
     assert whole >= 2
     stage.submit(made)

@@ -14,7 +14,7 @@ from bagel_jax.engine.context import stage as stage_module
 from bagel_jax.engine.context import steps
 from bagel_jax.engine.context.batch import chunk_of
 from bagel_jax.errors import InputError
-from bagel_jax.inputs.plan import Text, VaeImage, VitImage
+from bagel_jax.layout import Text, VaeImage, VitImage
 from bagel_jax.request import Request
 
 IDS = (701, 64, 381, 541, 411, 256, 336, 647, 702)
@@ -162,12 +162,14 @@ def test_a_text_is_the_same_in_one_piece_or_several(edit):
 def test_shared_prefix_equals_a_cache_of_its_own(page_size):
     """A guidance context that shares pages sees something else, or spoils the one it shares them with."""
     made = model().prepare(Request.create("img2img", inputs=["a red", random_image(), "a blue clock"]))
-    assert made.plan.builds[1].copy_from == 0
+    assert made.plan.sequences[1].copy_from == 0
     (finished,) = serve(new_stage(page_size=page_size), made).values()
     main, img = (view_of(finished.context, view) for view in (0, finished.context.img_view))
-    texts = [p.segment for p in made.plan.builds[0].compute if isinstance(p.segment, Text)]
-    close(img, context_of(new_stage(), made, texts), made.plan.img.length)
-    close(main, context_of(new_stage(), made, [p.segment for p in made.plan.builds[0].compute]), made.plan.main.length)
+    texts = [p.segment for p in made.plan.sequences[0].compute if isinstance(p.segment, Text)]
+    close(img, context_of(new_stage(), made, texts), made.plan.drop_image.length)
+    close(
+        main, context_of(new_stage(), made, [p.segment for p in made.plan.sequences[0].compute]), made.plan.cond.length
+    )
 
 
 def test_regression_9_length_advances_once_a_token(stage, edit):
@@ -182,7 +184,7 @@ def test_regression_9_length_advances_once_a_token(stage, edit):
         lengths.append(sequence.computed)
         assert sequence.computed == length + len(sequence.tail) - 1
     assert lengths == sorted(set(lengths))
-    fed = [Text((*job.prepared.plan.builds[0].compute[0].segment.ids, *sequence.tail[:-1]))]
+    fed = [Text((*job.prepared.plan.sequences[0].compute[0].segment.ids, *sequence.tail[:-1]))]
     own = cache_of(stage, job, sequence.computed)
     stage.cancel("question")
     close(own, context_of(stage, edit, fed))

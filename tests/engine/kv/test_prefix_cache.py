@@ -21,7 +21,7 @@ def prepared(modality, *args, request_id="r", **kwargs):
 
 
 def chain(made):
-    return Hasher(made).chain(p.segment for p in made.plan.builds[0].compute)
+    return Hasher(made).chain(p.segment for p in made.plan.sequences[0].compute)
 
 
 def one(stage, made):
@@ -90,7 +90,7 @@ def test_second_question_prefills_the_text_alone():
     """Another question about an image pays for the image again, or gets another answer than without a cache."""
     stage, fresh = new_stage(), new_stage(prefix_cache=False)
     first, second = (prepared("img2text", q, random_image(), max_tokens=9) for q in ("a red bench", "a blue clock"))
-    tokens = second.plan.builds[0].compute[-1].segment.num_tokens
+    tokens = second.plan.sequences[0].compute[-1].segment.num_tokens
     assert one(stage, first).stats.prefilled_tokens > tokens
     again, alone = one(stage, second), one(fresh, second)
     assert again.stats.prefilled_tokens == tokens
@@ -108,7 +108,7 @@ def test_second_edit_prefills_the_text_alone():
     first, second = (prepared("img2img", q, random_image()) for q in ("a red bench", "a blue clock"))
     one(stage, first)
     again, alone = one(stage, second), one(fresh, second)
-    tokens = second.plan.builds[0].compute[-1].segment.num_tokens
+    tokens = second.plan.sequences[0].compute[-1].segment.num_tokens
     assert again.stats.prefilled_tokens == 2 * tokens  # in the full context, and in the one without images
     for view in range(3):
         for x, y in zip(view_of(again.context, view), view_of(alone.context, view), strict=True):
@@ -130,8 +130,8 @@ def test_two_at_once_compute_an_image_once():
     stage = new_stage()
     made = [prepared("img2text", q, random_image(), request_id=q, max_tokens=4) for q in ("what", "why", "when")]
     stats = [event.stats for event in serve(stage, *made).values()]
-    texts = sum(one.plan.builds[0].compute[-1].segment.num_tokens for one in made)
-    assert sum(s.prefilled_tokens for s in stats) == made[0].plan.builds[0].compute[0].segment.num_tokens + texts
+    texts = sum(one.plan.sequences[0].compute[-1].segment.num_tokens for one in made)
+    assert sum(s.prefilled_tokens for s in stats) == made[0].plan.sequences[0].compute[0].segment.num_tokens + texts
 
 
 def test_the_same_request_twice_at_once():

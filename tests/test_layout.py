@@ -6,7 +6,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bagel_jax.engine.handoff import branches, tables
-from bagel_jax.inputs.plan import Contexts, ImageGrids, Placed, Text, VaeImage, View, VitImage, contexts, place, plan
+from bagel_jax.layout import (
+    Contexts,
+    ImageGrids,
+    KVPrefix,
+    PlacedSegment,
+    Text,
+    VaeImage,
+    VitImage,
+    contexts,
+    place,
+    plan,
+)
 
 A, B, SYSTEM, NEGATIVE = (
     Text((1, 10, 11, 2)),
@@ -25,100 +36,104 @@ def planned(*inputs, **kwargs):
 
 def test_regression_12_text_free_context_is_empty():
     """Guidance pushes away from an empty prompt in markers instead of from no prompt: other images."""
-    assert contexts([A]) == Contexts(main=(A,), text=(), img=(A,))
+    assert contexts([A]) == Contexts(cond=(A,), drop_text=(), drop_image=(A,))
     made = planned(A)
-    assert made.text == View(0, 0, 0)
-    assert made.main == made.img == View(0, 4, 4)
-    assert [build.compute for build in made.builds] == [(Placed(A, 0, 0),)]
+    assert made.drop_text == KVPrefix(0, 0, 0)
+    assert made.cond == made.drop_image == KVPrefix(0, 4, 4)
+    assert [build.compute for build in made.sequences] == [(PlacedSegment(A, 0, 0),)]
 
 
 def test_edit():
     """An edit's guidance contexts hold the wrong things, or the image is computed twice."""
-    assert contexts([FIRST, A]) == Contexts(main=(VAE0, VIT0, A), text=(VAE0, VIT0), img=(A,))
+    assert contexts([FIRST, A]) == Contexts(cond=(VAE0, VIT0, A), drop_text=(VAE0, VIT0), drop_image=(A,))
     made = planned(FIRST, A)
-    assert made.builds[0].compute == (Placed(VAE0, 0, 0), Placed(VIT0, 22, 1), Placed(A, 30, 2))
-    assert (made.builds[1].copy_from, made.builds[1].shared) == (None, 0)
-    assert made.builds[1].compute == (Placed(A, 0, 0),)
-    assert (made.main, made.text, made.img) == (View(0, 34, 6), View(0, 30, 2), View(1, 4, 4))
-    assert len(made.builds) == 2
+    assert made.sequences[0].compute == (PlacedSegment(VAE0, 0, 0), PlacedSegment(VIT0, 22, 1), PlacedSegment(A, 30, 2))
+    assert (made.sequences[1].copy_from, made.sequences[1].shared) == (None, 0)
+    assert made.sequences[1].compute == (PlacedSegment(A, 0, 0),)
+    assert (made.cond, made.drop_text, made.drop_image) == (KVPrefix(0, 34, 6), KVPrefix(0, 30, 2), KVPrefix(1, 4, 4))
+    assert len(made.sequences) == 2
 
 
 def test_edit_of_two_images():
     """The second image is put where the first is, or is missing from the context without text."""
-    assert contexts([FIRST, SECOND, A]).text == (VAE0, VIT0, VAE1, VIT1)
+    assert contexts([FIRST, SECOND, A]).drop_text == (VAE0, VIT0, VAE1, VIT1)
     made = planned(FIRST, SECOND, A)
-    starts = [(p.segment, p.kv_start, p.kv_end, p.rope) for p in made.builds[0].compute]
+    starts = [(p.segment, p.kv_start, p.kv_end, p.rope) for p in made.sequences[0].compute]
     assert starts == [(VAE0, 0, 22, 0), (VIT0, 22, 30, 1), (VAE1, 30, 36, 2), (VIT1, 36, 47, 3), (A, 47, 51, 4)]
-    assert (made.main, made.text, made.img) == (View(0, 51, 8), View(0, 47, 4), View(1, 4, 4))
+    assert (made.cond, made.drop_text, made.drop_image) == (KVPrefix(0, 51, 8), KVPrefix(0, 47, 4), KVPrefix(1, 4, 4))
 
 
 def test_regression_23_order_of_the_prompt_is_kept():
     """ "First text, image, second text" is read with the image first."""
     wanted = contexts([A, FIRST, B])
-    assert wanted == Contexts(main=(A, VAE0, VIT0, B), text=(A, VAE0, VIT0), img=(A, B))
+    assert wanted == Contexts(cond=(A, VAE0, VIT0, B), drop_text=(A, VAE0, VIT0), drop_image=(A, B))
     made = planned(A, FIRST, B)
-    assert (made.builds[1].copy_from, made.builds[1].shared) == (0, 4)
-    assert made.builds[1].compute == (Placed(B, 4, 4),)
-    assert (made.main, made.text, made.img) == (View(0, 39, 11), View(0, 34, 6), View(1, 9, 9))
+    assert (made.sequences[1].copy_from, made.sequences[1].shared) == (0, 4)
+    assert made.sequences[1].compute == (PlacedSegment(B, 4, 4),)
+    assert (made.cond, made.drop_text, made.drop_image) == (KVPrefix(0, 39, 11), KVPrefix(0, 34, 6), KVPrefix(1, 9, 9))
 
 
 def test_image_last():
     """A prompt that ends in an image: the official context without the last text is then the full one."""
-    assert contexts([A, FIRST]) == Contexts(main=(A, VAE0, VIT0), text=(A, VAE0, VIT0), img=(A,))
+    assert contexts([A, FIRST]) == Contexts(cond=(A, VAE0, VIT0), drop_text=(A, VAE0, VIT0), drop_image=(A,))
     made = planned(A, FIRST)
-    assert len(made.builds) == 1
-    assert (made.main, made.text, made.img) == (View(0, 34, 6), View(0, 34, 6), View(0, 4, 4))
+    assert len(made.sequences) == 1
+    assert (made.cond, made.drop_text, made.drop_image) == (KVPrefix(0, 34, 6), KVPrefix(0, 34, 6), KVPrefix(0, 4, 4))
 
 
 def test_several_texts_in_a_row():
     """All prompts are dropped from the guidance context, where only the last one must be."""
     made = planned(A, B)
-    assert (made.main, made.text, made.img) == (View(0, 9, 9), View(0, 4, 4), View(0, 9, 9))
-    assert len(made.builds) == 1
+    assert (made.cond, made.drop_text, made.drop_image) == (KVPrefix(0, 9, 9), KVPrefix(0, 4, 4), KVPrefix(0, 9, 9))
+    assert len(made.sequences) == 1
 
 
 def test_understanding_has_no_latent_block():
     """A question about an image pays for the autoencoder, and the model sees tokens it was not trained to see."""
     made = planned(ImageGrids(0, (2, 3), None), A)
-    assert made.builds[0].compute == (Placed(VIT0, 0, 0), Placed(A, 8, 1))
-    assert made.main == View(0, 12, 5)
+    assert made.sequences[0].compute == (PlacedSegment(VIT0, 0, 0), PlacedSegment(A, 8, 1))
+    assert made.cond == KVPrefix(0, 12, 5)
 
 
 def test_regression_33_system_prompt_comes_first():
     """Think mode without thinking: the system prompt is missing, or missing from a guidance context."""
-    assert contexts([A], system=SYSTEM) == Contexts(main=(SYSTEM, A), text=(SYSTEM,), img=(SYSTEM, A))
+    assert contexts([A], system=SYSTEM) == Contexts(cond=(SYSTEM, A), drop_text=(SYSTEM,), drop_image=(SYSTEM, A))
     made = planned(A, system=SYSTEM)
-    assert (made.main, made.text, made.img) == (View(0, 7, 7), View(0, 3, 3), View(0, 7, 7))
+    assert (made.cond, made.drop_text, made.drop_image) == (KVPrefix(0, 7, 7), KVPrefix(0, 3, 3), KVPrefix(0, 7, 7))
     assert contexts([FIRST, A], system=SYSTEM) == Contexts(
-        main=(SYSTEM, VAE0, VIT0, A), text=(SYSTEM, VAE0, VIT0), img=(SYSTEM, A)
+        cond=(SYSTEM, VAE0, VIT0, A), drop_text=(SYSTEM, VAE0, VIT0), drop_image=(SYSTEM, A)
     )
     edit = planned(FIRST, A, system=SYSTEM)
-    assert (edit.builds[1].copy_from, edit.builds[1].shared, edit.builds[1].compute) == (0, 3, (Placed(A, 3, 3),))
+    assert (edit.sequences[1].copy_from, edit.sequences[1].shared, edit.sequences[1].compute) == (
+        0,
+        3,
+        (PlacedSegment(A, 3, 3),),
+    )
 
 
 def test_negative_prompt():
     """A negative prompt has no effect, or it takes the place of more than the last text."""
     made = planned(A, negative=NEGATIVE)
-    assert made.builds[1].compute == (Placed(NEGATIVE, 0, 0),)
-    assert (made.main, made.text, made.img) == (View(0, 4, 4), View(1, 6, 6), View(0, 4, 4))
-    assert contexts([FIRST, A], negative=NEGATIVE).text == (VAE0, VIT0, NEGATIVE)
+    assert made.sequences[1].compute == (PlacedSegment(NEGATIVE, 0, 0),)
+    assert (made.cond, made.drop_text, made.drop_image) == (KVPrefix(0, 4, 4), KVPrefix(1, 6, 6), KVPrefix(0, 4, 4))
+    assert contexts([FIRST, A], negative=NEGATIVE).drop_text == (VAE0, VIT0, NEGATIVE)
     edit = planned(FIRST, A, negative=NEGATIVE)
-    assert (edit.builds[1].copy_from, edit.builds[1].shared) == (0, 30)
-    assert edit.builds[1].compute == (Placed(NEGATIVE, 30, 2),)
-    assert (edit.main, edit.text, edit.img) == (View(0, 34, 6), View(1, 36, 8), View(2, 4, 4))
+    assert (edit.sequences[1].copy_from, edit.sequences[1].shared) == (0, 30)
+    assert edit.sequences[1].compute == (PlacedSegment(NEGATIVE, 30, 2),)
+    assert (edit.cond, edit.drop_text, edit.drop_image) == (KVPrefix(0, 34, 6), KVPrefix(1, 36, 8), KVPrefix(2, 4, 4))
 
 
 def test_negative_prompt_equal_to_the_prompt():
     """The prompt itself as the negative prompt costs a cache of its own."""
     made = planned(A, negative=A)
-    assert len(made.builds) == 1
-    assert made.main == made.text
+    assert len(made.sequences) == 1
+    assert made.cond == made.drop_text
 
 
 def test_regression_21_a_block_has_one_position():
     """Everything behind an image lies at positions that the model has never seen so far out."""
     big = ImageGrids(0, (70, 70), (64, 64))
-    assert [p.rope for p in place(contexts([big, A, B]).main)] == [0, 1, 2, 6]
+    assert [p.rope for p in place(contexts([big, A, B]).cond)] == [0, 1, 2, 6]
     assert VitImage(0, 70, 70).num_tokens == 4902
     assert VaeImage(0, 64, 64).num_tokens == 4098
 
@@ -132,17 +147,17 @@ def test_vit_and_latent_blocks_are_not_mixed_up():
 def test_equal_contexts_are_one_view():
     """Guidance of text2img costs three evaluations instead of two."""
     made = planned(A)
-    views, text_view, img_view = branches(made.main, made.text, made.img)
-    assert (views, text_view, img_view) == ([View(0, 4, 4), View(0, 0, 0)], 1, 0)
+    views, text_view, img_view = branches(made.cond, made.drop_text, made.drop_image)
+    assert (views, text_view, img_view) == ([KVPrefix(0, 4, 4), KVPrefix(0, 0, 0)], 1, 0)
 
 
 def test_contexts_handed_over_are_the_right_ones():
     """Views are paired with another branch's cache, length or position."""
     made = planned(FIRST, A, negative=NEGATIVE)
-    wanted = [View(0, 34, 6), View(1, 36, 8), View(2, 4, 4)], 1, 2
-    assert branches(made.main, made.text, made.img) == wanted
+    wanted = [KVPrefix(0, 34, 6), KVPrefix(1, 36, 8), KVPrefix(2, 4, 4)], 1, 2
+    assert branches(made.cond, made.drop_text, made.drop_image) == wanted
     last = planned(A, FIRST)
-    assert branches(last.main, last.text, last.img) == ([View(0, 34, 6), View(0, 4, 4)], 0, 1)
+    assert branches(last.cond, last.drop_text, last.drop_image) == ([KVPrefix(0, 34, 6), KVPrefix(0, 4, 4)], 0, 1)
 
 
 @given(st.lists(st.lists(st.integers(1, 20), unique=True, max_size=5), min_size=1, max_size=3))
@@ -169,10 +184,10 @@ def prompts(draw):
     return inputs, {"system": draw(st.none() | texts), "negative": draw(st.none() | texts)}
 
 
-def contents(made) -> list[list[Placed]]:
+def contents(made) -> list[list[PlacedSegment]]:
     """What each cache holds after all builds."""
     caches = []
-    for build in made.builds:
+    for build in made.sequences:
         held = []
         if build.copy_from is not None:
             held = [p for p in caches[build.copy_from] if p.kv_end <= build.shared]
@@ -198,12 +213,16 @@ def test_every_view_sees_its_context(prompt):
             start += len(p.segment.ids) if isinstance(p.segment, Text) else p.segment.rows * p.segment.columns + 2
             rope += len(p.segment.ids) if isinstance(p.segment, Text) else 1
             assert p.kv_end == start
-    for view, context in ((made.main, wanted.main), (made.text, wanted.text), (made.img, wanted.img)):
-        seen = [p for p in caches[view.cache] if p.kv_end <= view.length]
+    for view, context in (
+        (made.cond, wanted.cond),
+        (made.drop_text, wanted.drop_text),
+        (made.drop_image, wanted.drop_image),
+    ):
+        seen = [p for p in caches[view.sequence] if p.kv_end <= view.length]
         assert tuple(p.segment for p in seen) == context
         assert view.length == sum(s.num_tokens for s in context)
         assert view.rope == sum(s.rope_advance for s in context)
-    assert made.main.cache == 0
+    assert made.cond.sequence == 0
 
 
 @settings(deadline=None, max_examples=200)
@@ -213,8 +232,8 @@ def test_nothing_is_computed_twice(prompt):
     inputs, extra = prompt
     wanted = contexts(inputs, **extra)
     made = plan(wanted)
-    prefixes = {c[: i + 1] for c in (wanted.main, wanted.text, wanted.img) for i in range(len(c))}
-    computed = sum(p.segment.num_tokens for build in made.builds for p in build.compute)
+    prefixes = {c[: i + 1] for c in (wanted.cond, wanted.drop_text, wanted.drop_image) for i in range(len(c))}
+    computed = sum(p.segment.num_tokens for build in made.sequences for p in build.compute)
     assert computed == sum(prefix[-1].num_tokens for prefix in prefixes)
 
 
