@@ -195,8 +195,8 @@ def _compile(case: Case, target: Target, device: Any) -> int:
     """Bytes of fast memory of the largest kernel in the compiled program; raises if one is missing there."""
     import jax
 
-    where = jax.sharding.SingleDeviceSharding(device)
-    arguments = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where) for x in case.arguments]
+    placed = jax.sharding.SingleDeviceSharding(device)
+    arguments = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed) for x in case.arguments]
     lowered = jax.jit(case.function).trace(*arguments).lower(lowering_platforms=(target.platform,))
     asked = lowered.as_text().count(f"@{target.call}")
     # Not as text: what a newer libtpu says there, JAX may be unable to read.

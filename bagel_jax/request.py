@@ -1,134 +1,79 @@
-"""What a person asks for, and what comes back. All validation that needs no model is done here.
-
-The defaults stand in `DEFAULTS`, once for every entry point. They are the official `app.py`'s.
-"""
+"""What a person asks for, and what comes back. All validation that needs no model is done here."""
 
 from __future__ import annotations
 
-import dataclasses
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
-from PIL import Image
+from msgspec import Meta
+from PIL import ExifTags, Image
 
 from bagel_jax.config import BagelConfig
-from bagel_jax.errors import InputError, check_choice, check_flag, check_number, check_whole
+from bagel_jax.errors import InputError, check_choice, json_object, read, validated
+from bagel_jax.options import (
+    APPLICABLE,
+    DEFAULT_SIZE,
+    DEFAULTS,
+    MAX_SEED,
+    MAX_STEPS,
+    MAX_TOKENS,
+    MODALITIES,
+    NEEDS,
+    RENORM_TYPES,
+    Modality,
+    RequestForm,
+    Seed,
+    Settings,
+    defaults_table,
+    request_schema,
+    settings_of,
+)
 
-MODALITIES = ("text2img", "img2img", "img2text", "text2text")
-RENORM_TYPES = ("global", "channel", "text_channel")
-MAX_STEPS = 1000
-MAX_TOKENS = 32768  # as far as the published trunk has positions
-_DEFAULT_SIZE = 1024  # pixels
-MAX_SEED = 2**32 - 1
+__all__ = [
+    "APPLICABLE",
+    "DEFAULTS",
+    "MAX_SEED",
+    "MAX_STEPS",
+    "MAX_TOKENS",
+    "MODALITIES",
+    "RENORM_TYPES",
+    "ImageFile",
+    "Request",
+    "Result",
+    "Settings",
+    "defaults_table",
+    "image_size",
+    "open_image",
+    "request_schema",
+]
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How a request is to be answered. Which fields matter depends on the modality: see `DEFAULTS`."""
+class ImageFile:
+    """An image in a file that is decoded when it is needed, each time, and kept nowhere."""
 
-    height: int | None = None  # pixels; None: 1024, or less where the model's limit is lower
-    width: int | None = None  # likewise
-    steps: int = 50  # schedule points; one model evaluation fewer
-    timestep_shift: float = 3.0
-    cfg_text_scale: float = 4.0  # 1 or less: off
-    cfg_img_scale: float = 1.5  # 1 or less: off
-    cfg_interval: tuple[float, float] = (0.4, 1.0)  # guidance at timesteps lo < t <= hi
-    cfg_renorm_type: str = "global"
-    cfg_renorm_min: float = 0.0
-    taylorseer: bool = False  # forecast the trunk's output at most steps instead of computing it
-    taylorseer_interval: int = 3  # every so many steps one is computed
-    taylorseer_order: int = 2  # of the expansion; officially 6, which needs more memory and is no closer
-    taylorseer_first: int = 5  # so many steps at the beginning are all computed
-    max_think_tokens: int = 1024  # decoding steps; `<|im_start|>` is one of them, as in the official code
-    max_tokens: int = 512  # likewise
-    do_sample: bool = False  # False: greedy
-    text_temperature: float = 0.3
-    top_k: int = 0  # sample among so many tokens only; 0: all
-    top_p: float = 1.0  # sample among the likeliest tokens with this much of the probability
+    path: str | Path
+    size: tuple[int, int]  # width and height in pixels, as viewers show it
 
-    def __post_init__(self):
-        for name in ("height", "width"):
-            if getattr(self, name) is not None:
-                check_whole(name, getattr(self, name), 1)
-        check_whole("steps", self.steps, 2, MAX_STEPS)
-        check_whole("max_think_tokens", self.max_think_tokens, 1, MAX_TOKENS)
-        check_whole("max_tokens", self.max_tokens, 1, MAX_TOKENS)
-        check_flag("taylorseer", self.taylorseer)
-        check_whole("taylorseer_interval", self.taylorseer_interval, 1, MAX_STEPS)
-        check_whole("taylorseer_order", self.taylorseer_order, 0, 9)
-        check_whole("taylorseer_first", self.taylorseer_first, 1, MAX_STEPS)
-        check_number("timestep_shift", self.timestep_shift, 0, above=True)
-        check_number("cfg_text_scale", self.cfg_text_scale, 0)
-        check_number("cfg_img_scale", self.cfg_img_scale, 0)
-        check_number("cfg_renorm_min", self.cfg_renorm_min, 0, 1)
-        check_number("text_temperature", self.text_temperature, 0, above=self.do_sample is True)
-        check_whole("top_k", self.top_k, 0, 2**31 - 1)
-        check_number("top_p", self.top_p, 0, 1, above=True)
-        if not isinstance(self.cfg_interval, list | tuple) or len(self.cfg_interval) != 2:
-            raise InputError(f"cfg_interval is {self.cfg_interval!r}; it must be two numbers, LO and HI")
-        object.__setattr__(self, "cfg_interval", tuple(self.cfg_interval))
-        for value in self.cfg_interval:
-            check_number("cfg_interval", value, 0, 1)
-        if self.cfg_interval[0] > self.cfg_interval[1]:
-            raise InputError(f"cfg_interval is {self.cfg_interval}; LO must not be above HI")
-        check_choice("cfg_renorm_type", self.cfg_renorm_type, RENORM_TYPES)
-        check_flag("do_sample", self.do_sample)
+    @classmethod
+    def find(cls, path: str | Path) -> ImageFile:
+        """Reads the file's header only; damage behind it shows in `open`.
 
+        Raises:
+            InputError: no such file, or not an image that Pillow knows.
+        """
+        with _reading(path), Image.open(path) as image:
+            return cls(path, upright_size(image))
 
-_IMAGE = (
-    "steps",
-    "timestep_shift",
-    "cfg_text_scale",
-    "cfg_img_scale",
-    "cfg_interval",
-    "cfg_renorm_type",
-    "cfg_renorm_min",
-    "taylorseer",
-    "taylorseer_interval",
-    "taylorseer_order",
-    "taylorseer_first",
-)
-_SAMPLING = ("do_sample", "text_temperature", "top_k", "top_p")
-
-# Which settings a modality has.
-APPLICABLE: Mapping[str, tuple[str, ...]] = {
-    "text2img": ("height", "width", *_IMAGE, "max_think_tokens", *_SAMPLING),
-    "img2img": (*_IMAGE, "max_think_tokens", *_SAMPLING),
-    "img2text": ("max_tokens", *_SAMPLING),
-    "text2text": ("max_tokens", *_SAMPLING),
-}
-
-# The one table of defaults. Source: official `app.py`; text2img's cfg_img_scale is inherited from `inferencer.py`.
-DEFAULTS: Mapping[str, Settings] = {
-    "text2img": Settings(),
-    "img2img": Settings(cfg_img_scale=2.0, cfg_interval=(0.0, 1.0), cfg_renorm_type="text_channel"),
-    "img2text": Settings(),
-    "text2text": Settings(),
-}
-
-
-def defaults_table() -> str:
-    """`DEFAULTS` as text, one row a setting, one column a modality; a dash where the setting does not apply."""
-    rows = [["", *MODALITIES]]
-    for name in (f.name for f in dataclasses.fields(Settings)):
-        cells = [
-            _show(getattr(DEFAULTS[modality], name)) if name in APPLICABLE[modality] else "-" for modality in MODALITIES
-        ]
-        rows.append(["--" + name.replace("_", "-"), *cells])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
-
-
-def _show(value) -> str:
-    if value is None:
-        return str(_DEFAULT_SIZE)
-    if isinstance(value, tuple):
-        return " ".join(map(str, value))
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    def open(self) -> Image.Image:
+        """The image, decoded; raises as `open_image`."""
+        return open_image(self.path)
 
 
 @dataclass(frozen=True)
@@ -137,7 +82,7 @@ class Request:
 
     Args:
         modality: one of `MODALITIES`.
-        inputs: prompts (str) and images (PIL), interleaved in any order, as the model is to see them.
+        inputs: prompts (str) and images (PIL, or files of them), interleaved in any order, as the model is to see them.
         settings: see `Settings`; `Request.create` fills in the modality's defaults.
         seed: all randomness of the request comes from it.
         think: let the model plan in words first.
@@ -152,42 +97,32 @@ class Request:
         InputError: something in it cannot be done, whatever the model.
     """
 
-    modality: str
-    inputs: tuple[str | Image.Image, ...]
+    modality: Modality
+    inputs: tuple[str | Annotated[Image.Image | ImageFile, Meta(extra={"is": "a PIL image"})], ...]
     settings: Settings
-    seed: int = 0
+    seed: Seed = 0
     think: bool = False
     negative_prompt: str | None = None
-    image_seeds: tuple[int, ...] | None = None
+    image_seeds: tuple[Seed, ...] | None = None
     init_noise: Mapping[str, np.ndarray] | None = None
     request_id: str = ""
     notes: tuple[str, ...] = ()
 
     def __post_init__(self):
         object.__setattr__(self, "request_id", self.request_id or uuid.uuid4().hex)
-        check_choice("modality", self.modality, MODALITIES)
-        check_whole("seed", self.seed, 0, MAX_SEED)
-        check_flag("think", self.think)
-        if not isinstance(self.negative_prompt, str | None):
-            raise InputError(f"negative_prompt is {self.negative_prompt!r}; it must be a string or None")
-        for item in self.inputs:
-            if not isinstance(item, str | Image.Image):
-                raise InputError(f"an input is a {type(item).__name__}; each must be a string or a PIL image")
+        validated(self)
         for text in (*self.inputs, self.negative_prompt):
             if isinstance(text, str) and not _is_unicode(text):
                 raise InputError(f"prompt {text!r} is not valid Unicode text; give it in UTF-8")
-        images = sum(isinstance(item, Image.Image) for item in self.inputs)
+        images = sum(not isinstance(item, str) for item in self.inputs)
         wants_image = self.modality.startswith("img2")
         if wants_image and not images:
             raise InputError(f"{self.modality} was given no image; it needs one")
         if images and not wants_image:
             other = "img2img" if self.makes_image else "img2text"
             raise InputError(f"{self.modality} was given an image; it takes text only ({other} takes an image)")
-        if self.image_seeds is not None:
-            for value in self.image_seeds:
-                check_whole("image_seeds", value, 0, MAX_SEED)
-            if len(self.image_seeds) != images:
-                raise InputError(f"image_seeds has {len(self.image_seeds)} seeds for {images} images; give one each")
+        if self.image_seeds is not None and len(self.image_seeds) != images:
+            raise InputError(f"image_seeds has {len(self.image_seeds)} seeds for {images} images; give one each")
         if images == len(self.inputs):
             raise InputError(f"{self.modality} was given no prompt; it needs one")
 
@@ -196,9 +131,9 @@ class Request:
         cls,
         modality: str,
         prompt: str | None = None,
-        image: str | Path | Image.Image | Sequence[str | Path | Image.Image] | None = None,
+        image: str | Path | Image.Image | ImageFile | Sequence[str | Path | Image.Image | ImageFile] | None = None,
         *,
-        inputs: Sequence[str | Image.Image] | None = None,
+        inputs: Sequence[str | Image.Image | ImageFile] | None = None,
         seed: int = 0,
         think: bool = False,
         negative_prompt: str | None = None,
@@ -212,8 +147,8 @@ class Request:
         Args:
             modality: one of `MODALITIES`.
             prompt: the text; comes after the images, as in the official app.
-            image: an image or several, as files or PIL images.
-            inputs: instead of `prompt` and `image`: texts and PIL images in any order.
+            image: an image or several, as files, which are decoded here, or PIL images, or as `ImageFile`.
+            inputs: instead of `prompt` and `image`: texts and images (PIL or `ImageFile`) in any order.
             seed, think, negative_prompt, image_seeds, init_noise, request_id: see `Request`.
             **settings: fields of `Settings`; None means the default.
 
@@ -224,28 +159,23 @@ class Request:
         if inputs is None:
             if image is None:
                 image = ()
-            elif isinstance(image, str | Path | Image.Image):
+            elif isinstance(image, str | Path | Image.Image | ImageFile):
                 image = (image,)
-            inputs = [*(i if isinstance(i, Image.Image) else open_image(i) for i in image)]
+            inputs = [*(open_image(i) if isinstance(i, str | Path) else i for i in image)]
             inputs += [] if prompt is None else [prompt]
         elif prompt is not None or image is not None:
             raise InputError("inputs was given beside prompt or image; give either inputs or the other two")
         given = {name: value for name, value in settings.items() if value is not None}
-        known = [f.name for f in dataclasses.fields(Settings)]
+        notes = []
+        if (old := given.pop("picture_seeds", None)) is not None:  # until version 0.2
+            if image_seeds is not None:
+                raise InputError("picture_seeds was given beside image_seeds, its name now; give image_seeds alone")
+            image_seeds = old
+            notes.append("picture_seeds is called image_seeds now; the old name goes with the next version")
         for name in given:
-            if name not in known:
-                raise InputError(f"there is no setting {name}; there are {', '.join(known)}")
-        idle = [name for name in given if name not in APPLICABLE[modality]]
-        if modality == "img2img":  # said of a size once the size of the edit is known
-            idle = [name for name in idle if name not in ("height", "width")]
-        notes = [f"{name} has no effect on {modality}" for name in idle]
-        if "max_think_tokens" in given and "max_think_tokens" not in idle and not think:
-            notes.append("max_think_tokens has no effect without think")
-        if not given.get("do_sample"):
-            notes += [f"{name} has no effect without do_sample" for name in _SAMPLING[1:] if name in given]
-        if not given.get("taylorseer"):
-            names = [name for name in given if name.startswith("taylorseer_") and name not in idle]
-            notes += [f"{name} has no effect without taylorseer" for name in names]
+            if name not in Settings.__struct_fields__:
+                raise InputError(f"there is no setting {name}; there are {', '.join(Settings.__struct_fields__)}")
+        notes += _without_effect(modality, given, think)
         if init_noise is not None and not modality.endswith("img"):
             notes.append(f"init_noise has no effect on {modality}")
         if negative_prompt and not modality.endswith("img"):
@@ -253,14 +183,48 @@ class Request:
         return cls(
             modality=modality,
             inputs=tuple(inputs),
-            settings=dataclasses.replace(DEFAULTS[modality], **given),
+            settings=msgspec.structs.replace(DEFAULTS[modality], **given),
             seed=seed,
             think=think,
             negative_prompt=negative_prompt,
-            image_seeds=None if image_seeds is None else tuple(image_seeds),
+            image_seeds=tuple(image_seeds) if isinstance(image_seeds, Iterable) else image_seeds,
             init_noise=init_noise,
             request_id=request_id or "",
             notes=tuple(notes),
+        )
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any] | str | bytes, base: Path) -> Request:
+        """A request as a person writes it in JSON; `request_schema` says what may be in it.
+
+        Images are looked at, and decoded when they are needed.
+
+        Args:
+            data: the JSON, or the object that was in it.
+            base: the folder that images' paths start from.
+
+        Raises:
+            InputError: a field is unknown, missing, of another type or out of range, an image is none, or what
+                `create` raises.
+        """
+        form = read(data if isinstance(data, Mapping) else json_object(data), RequestForm)
+        if form.image is not None and form.images is not None:
+            raise InputError("image was given beside images; give one of them")
+        files = form.images if form.image is None else (form.image,)
+        images = None if files is None else [ImageFile.find(base / path) for path in files]
+        inputs = None
+        if form.inputs is not None:
+            inputs = [item if isinstance(item, str) else ImageFile.find(base / item.image) for item in form.inputs]
+        return cls.create(
+            form.modality,
+            form.prompt,
+            images,
+            inputs=inputs,
+            seed=form.seed,
+            think=form.think,
+            negative_prompt=form.negative_prompt,
+            request_id=form.id,
+            **settings_of(form),
         )
 
     @property
@@ -279,24 +243,42 @@ class Request:
         Raises:
             InputError: the model cannot make an image of the requested size.
         """
-        unit, limit = config.token_pixels, config.max_image_size
-        size = []
-        for name in ("height", "width"):
-            value = getattr(self.settings, name)
-            if value is None:
-                value = min(_DEFAULT_SIZE, limit) // unit * unit
-            if value % unit or value > limit:
-                raise InputError(
-                    f"{name} is {value}; it must be a multiple of {unit} and at most {limit} for this model"
-                )
-            size.append(value)
-        return size[0], size[1]
+        return image_size(config, self.settings.height, self.settings.width)
 
     def applicable_settings(self) -> dict[str, Any]:
         """The settings that have an effect on this request."""
-        names = [n for n in APPLICABLE[self.modality] if n != "max_think_tokens" or self.think]
-        names = [n for n in names if not n.startswith("taylorseer_") or self.settings.taylorseer]
+        on = {"think": self.think, "taylorseer": self.settings.taylorseer, "do_sample": True}
+        names = [name for name in APPLICABLE[self.modality] if on[NEEDS.get(name, "do_sample")]]
         return {name: getattr(self.settings, name) for name in names}
+
+
+def image_size(config: BagelConfig, height: int | None, width: int | None) -> tuple[int, int]:
+    """Height and width in pixels of an image that a model makes; None: as large as usual.
+
+    Raises:
+        InputError: the model cannot make an image of that size.
+    """
+    unit, limit = config.token_pixels, config.max_image_size
+    size = []
+    for name, value in (("height", height), ("width", width)):
+        if value is None:
+            value = min(DEFAULT_SIZE, limit) // unit * unit
+        if value % unit or value > limit:
+            raise InputError(f"{name} is {value}; it must be a multiple of {unit} and at most {limit} for this model")
+        size.append(value)
+    return size[0], size[1]
+
+
+def _without_effect(modality: str, given: Mapping[str, Any], think: bool) -> list[str]:
+    """Notes on the settings that were given in vain."""
+    notes, on = [], {"think": think, **given}
+    for name in given:
+        if name not in APPLICABLE[modality]:
+            if modality != "img2img" or name not in ("height", "width"):  # said once the size of the edit is known
+                notes.append(f"{name} has no effect on {modality}")
+        elif name in NEEDS and not on.get(NEEDS[name]):
+            notes.append(f"{name} has no effect without {NEEDS[name]}")
+    return notes
 
 
 @dataclass
@@ -311,9 +293,19 @@ class Result:
     seconds: dict[str, float] = field(default_factory=dict)  # by phase
     time_to_first_token: float | None = None  # seconds from the request's arrival in stage 0, compiling included
     tokens_per_second: float | None = None  # decoded, compiling left out
+    decoded_tokens: int = 0
     prefilled_tokens: int = 0  # of its contexts, computed in stage 0
     cached_prefix_tokens: int = 0  # of its contexts, found in the prefix cache
     notes: tuple[str, ...] = ()
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height of an image as viewers show it: its EXIF data may say that it lies on its side."""
+    try:
+        sideways = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    except Exception:  # Pillow's parsers raise whatever they like
+        sideways = False
+    return image.size[::-1] if sideways else image.size
 
 
 def _is_unicode(text: str) -> bool:
@@ -330,13 +322,20 @@ def open_image(path: str | Path) -> Image.Image:
     Raises:
         InputError: no such file, or not an image that Pillow can read.
     """
-    try:
+    with _reading(path):
         image = Image.open(path)
         image.load()
+        return image
+
+
+@contextmanager
+def _reading(path: str | Path) -> Iterator[None]:
+    """Raises `InputError` for whatever goes wrong with a file of an image."""
+    try:
+        yield
     except FileNotFoundError:
         raise InputError(f"image {path} does not exist; give the path of an image file") from None
     except Image.DecompressionBombError as error:
         raise InputError(f"image {path} is too large ({error}); give a smaller one") from None
     except Exception as error:  # Pillow's decoders raise whatever they like
         raise InputError(f"{path} cannot be read as an image ({error}); give a PNG, JPEG or the like") from None
-    return image

@@ -127,7 +127,12 @@ def _print_answer(text: str) -> None:
 
 
 # Title and unit of each phase's bar.
-_PHASES = {"load": ("loading weights", "tensor"), "decode": ("decoding", "token"), "denoise": ("denoising", "step")}
+_PHASES = {
+    "load": ("loading weights", "tensor"),
+    "compile": ("compiling", "program"),
+    "decode": ("decoding", "token"),
+    "denoise": ("denoising", "step"),
+}
 
 
 class _Bars:

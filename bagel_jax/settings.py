@@ -3,71 +3,103 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+import re
+import warnings
+from typing import Annotated, Any, Literal, get_args
 
-from bagel_jax.errors import InputError, check_choice, check_flag, check_whole
+import msgspec
+from msgspec import Meta
 
-ATTENTION = ("auto", "reference", "xla", "pallas")
+from bagel_jax.errors import InputError, check_choice, validated
+
+Attention = Literal["auto", "reference", "xla", "pallas"]
+ATTENTION = get_args(Attention)
 # Read where the choice is auto.
 ATTENTION_VARIABLE = "BAGEL_JAX_ATTENTION"
-TOPOLOGIES = ("two-stage", "single-stage")
-PAGE_SIZES = (16, 32, 64, 128)
+Topology = Literal["two-stage", "single-stage"]
+TOPOLOGIES = get_args(Topology)
 
 
-@dataclass(frozen=True)
-class ServingSettings:
-    """Settings of the two stages.
+def _field(description: str, metavar: str | None = None, *, group: str = "serving", flags=(), **limits: Any) -> Meta:
+    """What is to be said of a field beside its type and default; `command.add_flags` reads `extra`."""
+    return Meta(description=description, extra={"group": group, "metavar": metavar, "flags": flags}, **limits)
 
-    Args:
-        ar_max_num_seqs: requests in work at once in stage 0, at most.
-        max_num_batched_tokens: tokens a step, at most. A block of an image is never cut: a larger one has a step with
-            no other prefill.
-        page_size: tokens a page of the KV cache, one of `PAGE_SIZES`.
-        num_pages: pages of the KV cache; None: as the device's memory and the largest contexts suggest.
-        prefix_cache: keep the pages of finished contexts and find them again by what is in them.
-        dit_max_num_seqs: images that stage 1 denoises at once, at most.
-        vae_tiling: decode large images in tiles: less memory, not quite the same pixels (`engine/denoise/decoder.py`).
-        topology: `two-stage`: the stages work at the same time, each in a thread of its own; `single-stage`: by turns.
-        ar_device, dit_device: number of the device that each stage works on; the weights are on both.
-        attention: one of `ATTENTION`; for `auto` the environment variable `BAGEL_JAX_ATTENTION` decides if it is set.
+
+class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How the two stages run.
 
     Raises:
-        InputError: a value out of range, that of the variable included.
+        InputError: a value out of range, that of the environment variable `BAGEL_JAX_ATTENTION` included.
     """
 
-    ar_max_num_seqs: int = 8
-    max_num_batched_tokens: int = 2048
-    page_size: int = 64
-    num_pages: int | None = None
-    prefix_cache: bool = True
-    dit_max_num_seqs: int = 2
-    vae_tiling: bool = False
-    topology: str = "two-stage"
-    ar_device: int = 0
-    dit_device: int = 0
-    attention: str = "auto"
+    ar_max_num_seqs: Annotated[
+        int,
+        _field(
+            "requests at once in stage 0, which makes contexts and texts",
+            "N",
+            flags=("--ar-max-num-seqs", "--max-num-seqs"),
+            ge=1,
+            le=1024,
+        ),
+    ] = 8
+    dit_max_num_seqs: Annotated[int, _field("images at once in stage 1, which denoises", "N", ge=1, le=256)] = 2
+    # The weights are on both devices.
+    ar_device: Annotated[int, _field("number of the device of stage 0", "I", ge=0)] = 0
+    dit_device: Annotated[int, _field("number of the device of stage 1", "I", ge=0)] = 0
+    topology: Annotated[
+        Topology, _field("two-stage: both stages at the same time, a thread each; single-stage: by turns")
+    ] = "two-stage"
+    # A block larger than the limit has a step with no other prefill.
+    max_num_batched_tokens: Annotated[int, _field("tokens a step; a block of an image is never cut", "N", ge=16)] = 2048
+    page_size: Annotated[Literal[16, 32, 64, 128], _field("tokens a page of the KV cache")] = 64
+    num_pages: Annotated[
+        Annotated[int, Meta(ge=2)] | None,
+        _field("pages of the KV cache (default: from the memory and the largest contexts)", "N"),
+    ] = None
+    prefix_cache: Annotated[bool, _field("find contexts of earlier requests again by what is in them")] = True
+    attention: Annotated[
+        Attention,
+        _field(
+            f"auto: ${ATTENTION_VARIABLE}, or pallas on TPU and GPU, xla on a CPU; pallas on a CPU is interpreted",
+        ),
+    ] = "auto"
+    precompile: Annotated[
+        str,
+        _field("compile before the first request, for images of these sizes: 1024x768,512x512 (WxH), or all", "SIZES"),
+    ] = ""
+    vae_tiling: Annotated[bool, _field("decode large images in tiles: less memory", group="images")] = False
 
     def __post_init__(self):
-        check_whole("ar_max_num_seqs", self.ar_max_num_seqs, 1, 1024)
-        check_whole("max_num_batched_tokens", self.max_num_batched_tokens, 16)
-        check_choice("page_size", self.page_size, PAGE_SIZES)
-        if self.num_pages is not None:
-            check_whole("num_pages", self.num_pages, 2)
-        check_flag("prefix_cache", self.prefix_cache)
-        check_whole("dit_max_num_seqs", self.dit_max_num_seqs, 1, 256)
-        check_flag("vae_tiling", self.vae_tiling)
-        check_choice("topology", self.topology, TOPOLOGIES)
-        check_whole("ar_device", self.ar_device, 0)
-        check_whole("dit_device", self.dit_device, 0)
-        check_choice("attention", self.attention, ATTENTION)
+        validated(self)
         if self.attention == "auto" and (chosen := os.environ.get(ATTENTION_VARIABLE)):
             check_choice(ATTENTION_VARIABLE, chosen, ATTENTION)
-            object.__setattr__(self, "attention", chosen)
+            msgspec.structs.force_setattr(self, "attention", chosen)
         if self.max_num_batched_tokens < self.ar_max_num_seqs:
             raise InputError(
                 f"max_num_batched_tokens is {self.max_num_batched_tokens}; it must be at least ar_max_num_seqs, "
                 f"{self.ar_max_num_seqs}, since each request in work decodes a token a step"
             )
+        _ = self.precompile_sizes
+
+    @property
+    def precompile_sizes(self) -> tuple[tuple[int, int], ...] | Literal["all"] | None:
+        """What `precompile` says: (height, width) of each size; None: nothing.
+
+        Raises:
+            InputError: it says something else.
+        """
+        if self.precompile in ("", "all"):
+            return self.precompile or None
+        sizes = []
+        for size in self.precompile.split(","):
+            found = re.fullmatch(r"0*([1-9][0-9]{0,5})x0*([1-9][0-9]{0,5})", size.strip(), re.ASCII)
+            if found is None:
+                raise InputError(
+                    f"precompile is {self.precompile!r}; it must be all, or sizes in pixels as 1024x768,512x512 "
+                    "(width x height)"
+                )
+            sizes.append((int(found[2]), int(found[1])))
+        return tuple(dict.fromkeys(sizes))
 
 
 def attention_backend(choice: str, platform: str) -> str:
@@ -81,3 +113,10 @@ def attention_backend(choice: str, platform: str) -> str:
     if choice == "pallas":
         return {"cpu": "tpu-interpret"}.get(platform, platform)
     return choice
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ServingSettings":  # until version 0.2
+        warnings.warn("ServingSettings is called EngineConfig now", DeprecationWarning, stacklevel=2)
+        return EngineConfig
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,20 +10,35 @@ setting of a request under its name:
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
+from msgspec import Meta
 from PIL import Image
 
 from bagel_jax.engine.session import Session
-from bagel_jax.errors import InputError
-from bagel_jax.request import APPLICABLE, Request, Result, Settings, open_image
+from bagel_jax.errors import InputError, json_object, read
+from bagel_jax.options import APPLICABLE, Seed, settings_of, with_settings
+from bagel_jax.request import ImageFile, Request, Result
 
-_OPTIONS = (*(field.name for field in dataclasses.fields(Settings)), "seed", "think", "negative_prompt")
+Prompt = Annotated[str, Meta(min_length=1)]
+
+
+class _TurnForm(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A line: a turn of a conversation."""
+
+    draw: Prompt | None = None
+    ask: Prompt | None = None
+    image: str | None = None
+    seed: Seed | None = None
+    think: bool | None = None
+    negative_prompt: str | None = None
+
+
+TurnForm = with_settings(_TurnForm)
 
 
 @dataclass(frozen=True)
@@ -32,13 +47,13 @@ class Turn:
 
     draws: bool
     prompt: str
-    image: Image.Image | None
+    image: ImageFile | None
     options: Mapping[str, Any]
 
     def take(self, session: Session) -> Result:
         """Takes the turn."""
         if self.image is not None:
-            session.add(self.image)
+            session.add(self.image.open())
         return (session.draw if self.draws else session.ask)(self.prompt, **self.options)
 
 
@@ -68,26 +83,19 @@ def read_turns(name: str, usual: Mapping[str, Any]) -> list[Turn]:
 
 
 def _turn(line: str, usual: Mapping[str, Any], images: int) -> Turn:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:  # no JSON, a number of thousands of digits, or a thousand brackets
-        raise InputError(f'{line.strip()!r} is no JSON ({error}); a turn is as {{"draw": "a red circle"}}') from None
-    if not isinstance(record, dict) or ("draw" in record) == ("ask" in record):
-        raise InputError(f'{line.strip()!r} must be an object with either "draw" or "ask" in it')
-    draws = "draw" in record
-    prompt = record.pop("draw" if draws else "ask")
-    image = record.pop("image", None)
-    if not isinstance(prompt, str) or not prompt:
-        raise InputError(f"the prompt is {prompt!r}; it must be a text")
-    if image is not None:
-        image = open_image(image)
-    for key in record:
-        if key not in _OPTIONS:
-            raise InputError(f"there is no setting {key}; there are {', '.join(_OPTIONS)}")
+    form = read(json_object(line, '{"draw": "a red circle"}'), TurnForm)
+    if (form.draw is None) == (form.ask is None):
+        raise InputError(f'{line.strip()!r} must have either "draw" or "ask" in it')
+    draws = form.draw is not None
+    prompt = form.draw if draws else form.ask
+    image = None if form.image is None else ImageFile.find(form.image)
+    own = settings_of(form)
+    own |= {name: getattr(form, name) for name in ("seed", "think", "negative_prompt")}
+    own = {name: value for name, value in own.items() if value is not None}
     # What is wrong with the options shows without the images that the turn will see.
     seen = [image or Image.new("RGB", (16, 16))] if images or image is not None else []
     modality = f"{'img' if seen else 'text'}2{'img' if draws else 'text'}"
-    options = {name: value for name, value in usual.items() if _concerns(name, modality)} | record
+    options = {name: value for name, value in usual.items() if _concerns(name, modality)} | own
     Request.create(modality, inputs=[*seen, prompt], **options)
     return Turn(draws, prompt, image, options)
 

@@ -106,28 +106,13 @@ def test_images_neither_one_nor_one_a_prompt(cli, cases_dir):
 
 
 @pytest.mark.usefixtures("no_weights")
-def test_unusable_images(cli, cases_dir, tmp_path):
-    """A mistyped path or a broken download would end in a traceback of Pillow's."""
+def test_unusable_images(cli, tmp_path):
+    """A mistyped path or another file would end in a traceback of Pillow's."""
     (tmp_path / "notes.png").write_text("no image at all")
-    whole = (cases_dir / "img2img_in0.png").read_bytes()
-    (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])
-    for name, part in (("nowhere.png", "does not exist"), ("notes.png", "identify"), ("half.png", "truncated")):
+    for name, part in (("nowhere.png", "does not exist"), ("notes.png", "identify")):
         ran = cli("img2text", "--prompts", "what is it?", "--image-path", tmp_path / name)
         assert_refused(ran, str(tmp_path / name), part)
     assert_refused(cli("img2text", "--prompts", "what?", "--image-path", tmp_path), str(tmp_path))
-
-
-@pytest.mark.usefixtures("no_weights")
-@pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
-def test_damaged_avif(cli, tmp_path):
-    """A broken download in the format of many web pages would end in a traceback: Pillow raises RuntimeError there."""
-    buffer = io.BytesIO()
-    Image.radial_gradient("L").convert("RGB").save(buffer, "AVIF")
-    whole = buffer.getvalue()
-    start = whole.index(b"mdat") + 4
-    (tmp_path / "damaged.avif").write_bytes(whole[:start] + bytes(len(whole) - start))
-    ran = cli("img2text", "--prompts", "what is it?", "--image-path", tmp_path / "damaged.avif")
-    assert_refused(ran, "damaged.avif", "cannot be read as an image")
 
 
 @pytest.mark.usefixtures("no_weights")
@@ -296,6 +281,43 @@ def test_one_bad_image_among_three(cli, cases_dir, tmp_path):
     assert "error" not in first | last
     assert [(r["prompt"], r["seed"]) for r in (first, last)] == [("a", 0), ("c", 2)]
     assert ran.out == first["text"] + "\n" + last["text"] + "\n"
+
+
+def _half(path: Path, cases_dir: Path) -> None:
+    whole = (cases_dir / "img2img_in0.png").read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+
+
+def _damaged_avif(path: Path, _) -> None:
+    buffer = io.BytesIO()
+    Image.radial_gradient("L").convert("RGB").save(buffer, "AVIF")
+    whole = buffer.getvalue()
+    start = whole.index(b"mdat") + 4
+    path.write_bytes(whole[:start] + bytes(len(whole) - start))
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize(
+    "damage",
+    [
+        _half,
+        # Pillow raises RuntimeError there.
+        pytest.param(
+            _damaged_avif, marks=pytest.mark.skipif(not features.check("avif"), reason="this Pillow reads no AVIF")
+        ),
+    ],
+)
+def test_damaged_image(cli, cases_dir, tmp_path, damage):
+    """A broken download, which shows when it is decoded, would end in a traceback or cost the other answers."""
+    good, bad = cases_dir / "img2img_in0.png", tmp_path / "damaged"
+    damage(bad, cases_dir)
+    options = "--quiet", "--max-tokens", 2, "--prompts", "a", "b", "c", "--image-path", good, bad, good
+    ran = cli("img2text", *options)
+    assert ran.code == 2
+    assert ran.err.startswith(f"error: request 1 failed: {bad} cannot be read as an image")
+    assert ran.err.count("\n") == 1
+    assert ["error" in record for record in ran.records] == [False, True, False]
+    assert str(bad) in ran.records[1]["error"]
 
 
 @pytest.mark.parametrize("crashes", [False, True], ids=["not finite", "the device fails"])

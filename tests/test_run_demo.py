@@ -14,8 +14,8 @@ from PIL import Image
 from bagel_jax import MODALITIES
 from bagel_jax.bagel import Bagel
 from bagel_jax.demo.example import EXAMPLES, MODEL
-from bagel_jax.demo.world import COLORS, Scene, draw
 from bagel_jax.run import main
+from tools.demo.world import COLORS, Scene, draw
 
 NOTE = (
     "note: no --model given, so the bundled demo model (coloured shapes, 64x64) is used; for BAGEL-7B-MoT: "

@@ -7,7 +7,7 @@ import re
 import pytest
 from commands import Cli, assert_refused
 
-from bagel_jax.engine.denoise import stage
+from bagel_jax.placement.placement import Placement
 
 
 @pytest.fixture
@@ -28,6 +28,9 @@ def cli(tiny_dir, tmp_path, capsys) -> Cli:
         (("--ar-device", -1), "ar_device is -1"),
         (("--dit-device", 7), "dit_device is 7; it must be a device's number, from 0 to 0"),
         (("--attention", "flash"), "--attention"),
+        (("--precompile", "large"), "precompile is 'large'; it must be all, or sizes in pixels as 1024x768,512x512"),
+        (("--precompile", "64x64,100x64"), "precompile is '64x64,100x64', where width is 100; it must be a multiple"),
+        (("--precompile", "64x4096"), "where height is 4096; it must be a multiple of 16 and at most 1024"),
         (("--top-p", 0), "top_p is 0"),
         (("--top-k", -1), "top_k is -1"),
     ],
@@ -64,7 +67,8 @@ def test_request_that_the_pool_has_no_room_for(cli):
 
 def test_more_images_at_once_than_memory(cli, monkeypatch):
     """Stage 1 would take memory until the process is killed, or end in a traceback of XLA."""
-    monkeypatch.setattr(stage, "free_bytes", lambda device, share: 10**7)
+    budget = iter([10**9, 10**7])  # of stage 0, then of stage 1
+    monkeypatch.setattr(Placement, "free_bytes", lambda self, share: next(budget))
     ran = cli("text2img", "--quiet", "--prompts", "a")
     assert ran.code == 2
     said = (

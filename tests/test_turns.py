@@ -63,13 +63,13 @@ def small(monkeypatch) -> Bagel:
 
 BAD = {
     "no JSON": ('{"draw": "a bench"', "is no JSON"),
-    "no object": ('["draw"]', 'either "draw" or "ask"'),
-    "neither": ('{"paint": "a bench"}', 'either "draw" or "ask"'),
+    "no object": ('["draw"]', "is no object"),
+    "neither": ('{"image": "in.png"}', 'either "draw" or "ask"'),
     "both": ('{"draw": "a bench", "ask": "what?"}', 'either "draw" or "ask"'),
-    "no text": ('{"draw": 5}', "the prompt is 5; it must be a text"),
-    "null": ('{"ask": null}', "the prompt is None"),
-    "empty": ('{"ask": ""}', "the prompt is ''"),
-    "unknown setting": ('{"draw": "a bench", "colour": 1}', "there is no setting colour; there are height,"),
+    "no text": ('{"draw": 5}', "draw is 5; it must be a text"),
+    "null": ('{"ask": null}', 'either "draw" or "ask"'),
+    "empty": ('{"ask": ""}', "ask is ''; it must be a text that is not empty"),
+    "unknown setting": ('{"draw": "a bench", "colour": 1}', "there is no setting colour; there are draw, ask, image,"),
     "not for turns": ('{"draw": "a bench", "request_id": "x"}', "there is no setting request_id"),
     "steps": ('{"draw": "a bench", "steps": 1}', "steps is 1; it must be a whole number, from 2"),
     "a float": ('{"draw": "a bench", "steps": 3.5}', "steps is 3.5"),
@@ -80,7 +80,7 @@ BAD = {
     "choice": ('{"draw": "a bench", "cfg_renorm_type": []}', "cfg_renorm_type is []"),
     "negative prompt": ('{"draw": "a bench", "negative_prompt": 5}', "negative_prompt is 5"),
     "image": ('{"draw": "a bench", "image": "no/such.png"}', "image no/such.png does not exist"),
-    "image's name": ('{"draw": "a bench", "image": 500}', "500 cannot be read as an image"),
+    "image's name": ('{"draw": "a bench", "image": 500}', "image is 500; it must be a text"),
     "half a letter": ('{"draw": "\\ud800"}', "not valid Unicode"),
 }
 
@@ -132,7 +132,7 @@ def test_read_turns(file, tmp_path):
     ]
     assert turns[0].options == {"steps": 9, "think": False, "height": 32, "width": 24}
     assert turns[2].options == {"steps": 9, "think": False, "seed": 3}
-    np.testing.assert_array_equal(turns[2].image, random_image())
+    np.testing.assert_array_equal(turns[2].image.open(), random_image())
 
 
 def test_a_conversation(cli, file, small, tmp_path):

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import math
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
 
 from bagel_jax.config import BagelConfig
-from bagel_jax.errors import InputError
+from bagel_jax.errors import InputError, read
 
 Count = Annotated[int, Meta(ge=1)]
 Whole = Annotated[int, Meta(ge=0)]
 Positive = Annotated[float, Meta(gt=0)]
 NotNegative = Annotated[float, Meta(ge=0)]
 Share = Annotated[float, Meta(ge=0, le=1)]
+
+# In a run's output folder.
+CONFIG_COPY, CHECKPOINTS = "config.toml", "checkpoints"
 
 # Short names of the components in checkpoint/table.py.
 COMPONENT_NAMES = {
@@ -140,6 +141,11 @@ class TrainConfig(_Table, kw_only=True):
     run: RunTable
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a folder is the output of a training run."""
+    return (folder / CONFIG_COPY).is_file() and (folder / CHECKPOINTS).is_dir()
+
+
 def read_train_config(path: Path) -> TrainConfig:
     """Reads and checks a file. Paths in it are relative to the folder that the command runs in.
 
@@ -153,31 +159,11 @@ def read_train_config(path: Path) -> TrainConfig:
     except tomllib.TOMLDecodeError as error:
         raise InputError(f"{path} is not valid TOML ({error}); correct that line") from None
     try:
-        config = msgspec.convert(data, TrainConfig, strict=True)
-    except msgspec.ValidationError as error:
-        raise InputError(f"{path}: {str(error)[0].lower()}{str(error)[1:]}; see bagel_jax/train/config.py") from None
+        config = read(data, TrainConfig)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
     _check(path, config)
-    for name, value in _values(data):
-        if isinstance(value, float) and not math.isfinite(value):
-            raise InputError(f"{path}: {name} is {value}; it must be finite")
-    if config.model.sizes is not None:  # msgspec lets unknown fields of a dataclass pass
-        known = dict(_values(config.model.sizes.to_dict()))
-        unknown = [name for name, _ in _values(data["model"]["sizes"]) if name not in known]
-        if unknown:
-            raise InputError(f"{path}: model.sizes.{unknown[0]} is unknown; see bagel_jax/config.py")
     return config
-
-
-def _values(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Whole name and value of everything in tables of tables."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _values(inner, f"{name}.{key}" if name else key)
-    elif isinstance(value, list | tuple):
-        for i, inner in enumerate(value):
-            yield from _values(inner, f"{name}[{i}]")
-    else:
-        yield name, value
 
 
 def _check(path: Path, c: TrainConfig) -> None:
