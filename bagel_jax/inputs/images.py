@@ -1,4 +1,4 @@
-"""Images to arrays: onto white, the official two-step resize, patches.
+"""Images to arrays: upright, onto white, the official two-step resize, patches.
 
 Source: official `data/transforms.py`, `data/data_utils.py` and the order of calls in `inferencer.py`.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from bagel_jax.config import BagelConfig, ImageTransform
 
@@ -29,7 +29,7 @@ class InputImage:
 
 def prepare_image(image: Image.Image, config: BagelConfig) -> InputImage:
     """An image of any mode and size, as the model takes it."""
-    image = resize(onto_white(image), config.vae_transform)
+    image = resize(onto_white(upright(image)), config.vae_transform)
     vae_pixels = to_pixels(resize(image, config.vae_transform))
     vit_pixels = to_pixels(resize(image, config.vit_transform))
     patch = config.vit.patch_size
@@ -39,6 +39,18 @@ def prepare_image(image: Image.Image, config: BagelConfig) -> InputImage:
         vit_patches=patchify(vit_pixels, patch),
         vit_grid=(vit_pixels.shape[0] // patch, vit_pixels.shape[1] // patch),
     )
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The image as viewers show it: a phone stores it as the sensor lies and says in its EXIF data how to turn it.
+
+    The official app's page does the same before `inferencer.py` sees an image; EXIF data that cannot be read turn
+    nothing there either.
+    """
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # Pillow's parsers raise whatever they like
+        return image
 
 
 def onto_white(image: Image.Image) -> Image.Image:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
 
 from bagel_jax.config import BagelConfig
 from bagel_jax.errors import InputError
 from bagel_jax.inputs import noise
-from bagel_jax.inputs.images import InputImage, grid_positions, prepare_image
+from bagel_jax.inputs.images import InputImage, grid_positions, prepare_image, resized_size
 from bagel_jax.inputs.tokenizer import Tokenizer
 from bagel_jax.layout import Contexts, ImageGrids, KVPlan, Text, contexts, plan
-from bagel_jax.request import Request
+from bagel_jax.request import ImageFile, Request, upright_size
 
 # The official `inferencer.py`, to the letter, the space before the line break included.
 THINK_PROMPTS = {
@@ -44,35 +45,48 @@ class Prepared:
     notes: tuple[str, ...]
 
 
+def check(request: Request, config: BagelConfig, tokenizer: Tokenizer) -> None:
+    """Whether a model can do a request, in a fraction of the time that `prepare` takes: no pixel is looked at.
+
+    Raises:
+        InputError: what `prepare` raises, but for images that turn out to be damaged.
+    """
+    texts = [item for item in request.inputs if isinstance(item, str)]
+    for text in (*texts, _system_prompt(request), _negative_prompt(request)):
+        if text is not None:
+            _text(text, config, tokenizer)
+    if request.makes_image:
+        t = config.vae_transform
+        images = [item for item in request.inputs if not isinstance(item, str)]
+        sizes = [item.size if isinstance(item, ImageFile) else upright_size(item) for item in images]
+        first = [resized_size(*size, t) for size in sizes]
+        size = first[-1][::-1] if first else request.image_size(config)
+        if request.init_noise is not None:
+            _noise(request, [resized_size(*size, t)[::-1] for size in first], size, config)
+
+
 def prepare(request: Request, config: BagelConfig, tokenizer: Tokenizer) -> Prepared:
     """Plans a request for a model.
 
     Raises:
-        InputError: the model cannot do it (a size it has no positions for), or `init_noise` does not fit.
+        InputError: the model cannot do it (a size it has no positions for), `init_noise` does not fit, or the file of
+            an image is damaged.
     """
     size = request.image_size(config) if request.modality == "text2img" else None
     images, parts = [], []
     for item in request.inputs:
-        if isinstance(item, Image.Image):
-            image = prepare_image(item, config)
+        if isinstance(item, str):
+            parts.append(_text(item, config, tokenizer))
+        else:
+            image = prepare_image(item.open() if isinstance(item, ImageFile) else item, config)
             grid = _latent_grid(image.vae_pixels.shape[:2], config) if request.makes_image else None
             parts.append(ImageGrids(len(images), image.vit_grid, grid))
             images.append(image)
-        else:
-            parts.append(Text(tokenizer.prompt(item)))
 
-    system = negative = None
-    if request.think:
-        system = Text(tokenizer.prompt(THINK_PROMPTS["image" if request.makes_image else "text"]))
-    # An empty negative prompt is none at all: the official context without text holds no tokens.
-    if request.negative_prompt and request.makes_image:
-        negative = Text(tokenizer.prompt(request.negative_prompt))
-    for text in (*parts, system, negative):
-        if isinstance(text, Text) and max(text.ids) >= config.trunk.vocab_size:
-            raise InputError(
-                f"the tokenizer gives token {max(text.ids)} for a text, but the model has {config.trunk.vocab_size} "
-                "tokens; the tokenizer must be the model's own"
-            )
+    system, negative = (
+        None if text is None else _text(text, config, tokenizer)
+        for text in (_system_prompt(request), _negative_prompt(request))
+    )
     wanted = contexts(parts, system=system, negative=negative)
     if not request.makes_image:  # nothing is guided
         wanted = Contexts(wanted.cond, wanted.cond, wanted.cond)
@@ -82,9 +96,28 @@ def prepare(request: Request, config: BagelConfig, tokenizer: Tokenizer) -> Prep
     if size is None:
         size = images[-1].size
         notes += _size_note(request, size)
-    rows, columns = grid = _latent_grid(size, config)
-    posterior, latent = _noise(request, images, rows * columns, config)
+    posterior, latent = _noise(request, [image.vae_pixels.shape[:2] for image in images], size, config)
+    grid = _latent_grid(size, config)
     return Prepared(request, plan(wanted), tuple(images), posterior, size, grid, latent, notes)
+
+
+def _system_prompt(request: Request) -> str | None:
+    return THINK_PROMPTS["image" if request.makes_image else "text"] if request.think else None
+
+
+def _negative_prompt(request: Request) -> str | None:
+    """An empty one is none at all: the official context without text holds no tokens."""
+    return (request.negative_prompt or None) if request.makes_image else None
+
+
+def _text(text: str, config: BagelConfig, tokenizer: Tokenizer) -> Text:
+    ids = tokenizer.prompt(text)
+    if max(ids) >= config.trunk.vocab_size:
+        raise InputError(
+            f"the tokenizer gives token {max(ids)} for a text, but the model has {config.trunk.vocab_size} "
+            "tokens; the tokenizer must be the model's own"
+        )
+    return Text(ids)
 
 
 def latent_positions(grid: tuple[int, int], config: BagelConfig) -> np.ndarray:
@@ -110,10 +143,13 @@ def _size_note(request: Request, size: tuple[int, int]) -> tuple[str, ...]:
     return (f"{why}: {size[1]}x{size[0]} (width x height)",)
 
 
-def _noise(request, images, num_tokens, config):
-    """Posterior noise of each image, channels last, and the initial latent."""
+def _noise(
+    request: Request, image_sizes: Sequence[tuple[int, int]], size: tuple[int, int], config: BagelConfig
+) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
+    """Posterior noise of each image, channels last, and the initial latent of an image of a size; all in pixels."""
     c = config.autoencoder
-    shapes = [tuple(side // c.downsample for side in p.vae_pixels.shape[:2]) for p in images]
+    shapes = [tuple(side // c.downsample for side in image) for image in image_sizes]
+    num_tokens = math.prod(_latent_grid(size, config))
     if request.init_noise is None:
         seeds = request.image_seeds or [request.seed] * len(shapes)
         posterior = tuple(
@@ -136,5 +172,5 @@ def _noise(request, images, num_tokens, config):
         given[name] = np.asarray(array, np.float32)
         if not np.isfinite(given[name]).all():
             raise InputError(f"init_noise has {name} with values that are not finite; all must be")
-    posterior = tuple(given[f"vae_{i}"][0].transpose(1, 2, 0) for i in range(len(images)))
+    posterior = tuple(given[f"vae_{i}"][0].transpose(1, 2, 0) for i in range(len(shapes)))
     return posterior, given["latent"]

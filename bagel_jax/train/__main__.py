@@ -9,6 +9,7 @@ from pathlib import Path
 
 from bagel_jax.errors import InputError
 from bagel_jax.train.config import read_train_config
+from bagel_jax.train.packages import check_packages
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,11 +24,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = p.parse_args(argv)
     try:
         config = read_train_config(args.config)
-        from bagel_jax.train.loop import train  # late: brings jax, and a bad file is found without it
-        from bagel_jax.train.result import export_run
+        check_packages()
+        from bagel_jax.train.loop import run  # late: brings jax, and a bad file is found without it
+        from bagel_jax.train.result import export_state
 
-        train(config, args.config, quiet=args.quiet)
-        destination = export_run(Path(config.output))
+        destination = export_state(config, *run(config, args.config, quiet=args.quiet))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from small import CONFIG, random_image
+from small import CONFIG, lying, random_image
 
 from bagel_jax.config import ImageTransform
 from bagel_jax.inputs.images import (
@@ -112,6 +112,30 @@ def test_two_resizes_in_a_row():
     assert prepared.vit_grid == (43, 37)
     assert np.array_equal(prepared.vae_pixels, to_pixels(enlarged))
     assert np.array_equal(prepared.vit_patches, patchify(to_pixels(vit), 14))
+
+
+def test_a_photo_is_seen_as_viewers_show_it(tmp_path):
+    """A phone's photo is edited lying on its side, and comes out so."""
+    image = random_image(width=32, height=16)
+    expected = prepare_image(image, CONFIG)
+    for path in lying(tmp_path, image):
+        stored = Image.open(path)
+        before = dict(stored.getexif())
+        got = prepare_image(stored, CONFIG)
+        assert got.size == expected.size == (16, 32), path
+        assert np.array_equal(got.vae_pixels, expected.vae_pixels), path
+        assert np.array_equal(got.vit_patches, expected.vit_patches), path
+        assert dict(stored.getexif()) == before  # the caller's image stays as it was
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+@pytest.mark.parametrize("exif", [b"Exif\0\0no TIFF", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff", b""])
+def test_damaged_exif_turns_nothing(tmp_path, exif):
+    """One byte of a camera's notes makes a whole image unreadable."""
+    image = random_image(width=32, height=16)
+    image.save(tmp_path / "image.png", exif=exif)
+    got = prepare_image(Image.open(tmp_path / "image.png"), CONFIG)
+    assert np.array_equal(got.vae_pixels, prepare_image(image, CONFIG).vae_pixels)
 
 
 def test_limits_of_a_small_model():

@@ -6,12 +6,14 @@ import dataclasses
 
 import numpy as np
 import pytest
-from small import CONFIG, model, random_image
+from PIL import Image
+from small import CONFIG, lying, model, random_image
 
 from bagel_jax.errors import InputError
-from bagel_jax.inputs.prepare import THINK_PROMPTS, latent_positions, prepare, vit_positions
+from bagel_jax.inputs.images import prepare_image
+from bagel_jax.inputs.prepare import THINK_PROMPTS, check, latent_positions, prepare, vit_positions
 from bagel_jax.layout import Text, VaeImage, VitImage
-from bagel_jax.request import Request
+from bagel_jax.request import ImageFile, Request
 
 # Copied from the official inferencer.py, trailing spaces included.
 OFFICIAL_TEXT = (
@@ -28,6 +30,15 @@ OFFICIAL_IMAGE = (
 
 def prepared(modality, *args, config=CONFIG, **kwargs):
     return prepare(Request.create(modality, *args, **kwargs), config, model().tokenizer)
+
+
+def refused(function, *args, config=CONFIG, **kwargs) -> str | None:
+    """What `check` or `prepare` says against a request."""
+    try:
+        function(Request.create(*args, **kwargs), config, model().tokenizer)
+    except InputError as error:
+        return str(error)
+    return None
 
 
 def segments(made, build=0):
@@ -146,9 +157,11 @@ def test_default_size_of_a_large_model():
 @pytest.mark.parametrize(("name", "value"), [("height", 30), ("width", 36), ("height", 2), ("width", 1024)])
 def test_sizes_that_the_model_cannot_make(name, value):
     """A size that does not fit ends in a stack trace, or in another size than asked for."""
-    with pytest.raises(InputError) as error:
-        prepared("text2img", "a", **{name: value})
-    assert str(error.value) == f"{name} is {value}; it must be a multiple of 4 and at most 32 for this model"
+    for function in (check, prepare):
+        assert (
+            refused(function, "text2img", "a", **{name: value})
+            == f"{name} is {value}; it must be a multiple of 4 and at most 32 for this model"
+        )
 
 
 def test_negative_prompt():
@@ -200,9 +213,8 @@ def test_given_noise_is_used_as_it_is():
 @pytest.mark.filterwarnings("ignore:overflow")
 def test_given_noise_that_does_not_fit(changes, message):
     """Noise of another request is broadcast or cut instead of refused."""
-    with pytest.raises(InputError) as error:
-        prepared("img2img", "a", random_image(), init_noise=given_noise(**changes))
-    assert str(error.value) == message
+    for function in (check, prepare):
+        assert refused(function, "img2img", "a", random_image(), init_noise=given_noise(**changes)) == message
 
 
 def test_positions_use_the_models_tables():
@@ -214,3 +226,66 @@ def test_positions_use_the_models_tables():
     assert vit_positions(made, CONFIG).tolist() == wanted
     spread = dataclasses.replace(CONFIG, interpolate_positions=True)
     assert latent_positions((2, 2), spread).tolist() == [0, 4, 32, 36]
+
+
+SMALL_VOCABULARY = dataclasses.replace(CONFIG, trunk=dataclasses.replace(CONFIG.trunk, vocab_size=100))
+
+
+@pytest.mark.parametrize(
+    ("modality", "options"),
+    [
+        ("text2img", {}),
+        ("img2img", {"think": True, "negative_prompt": "b"}),
+        ("img2img", {"init_noise": given_noise()}),
+        ("img2text", {"think": True}),
+        ("text2text", {"negative_prompt": "b"}),
+    ],
+)
+def test_a_check_says_what_preparing_says(modality, options):
+    """A request is refused that can be done, or found to be bad after the weights have been loaded."""
+    images = {"image": random_image()} if modality.startswith("img") else {}
+    for config in (CONFIG, SMALL_VOCABULARY):
+        said = [refused(f, modality, "a", config=config, **images, **options) for f in (check, prepare)]
+        assert said[0] == said[1]
+        assert (said[0] is None) == (config is CONFIG)
+
+
+@pytest.mark.parametrize("size", [(40, 40), (80, 40), (33, 500), (3, 1000), (1000, 7)])
+def test_a_check_knows_the_size_without_the_pixels(tmp_path, size):
+    """Every image of a run is decoded before the first request begins."""
+    random_image(0, *size).save(tmp_path / "in.png")
+    file = ImageFile.find(tmp_path / "in.png")
+    made = prepared("img2img", "a", file)
+    shapes = {"vae_0": (1, *made.posterior_noise[0].transpose(2, 0, 1).shape), "latent": made.initial_latent.shape}
+    arrays = {name: np.zeros(shape) for name, shape in shapes.items()}
+    (tmp_path / "in.png").unlink()
+    assert refused(check, "img2img", "a", file, init_noise=arrays) is None
+    wrong = arrays | {"latent": arrays["latent"][1:]}
+    assert "init_noise has latent of shape" in refused(check, "img2img", "a", file, init_noise=wrong)
+    assert "does not exist" in refused(prepare, "img2img", "a", file)
+
+
+def test_photos_are_upright_in_requests(tmp_path):
+    """Files are turned upright and images that are given as such are not, or the other way round."""
+    expected = random_image(width=32, height=16)
+    for path in lying(tmp_path, expected):
+        for image in (path, str(path), Image.open(path)):
+            prepared = model().prepare(Request.create("img2img", "a red bench", image))
+            assert np.array_equal(prepared.images[0].vae_pixels, prepare_image(expected, CONFIG).vae_pixels), path
+            assert prepared.images[0].size == (16, 32)
+
+
+@pytest.mark.parametrize("as_file", [False, True])
+def test_sizes_are_those_of_the_upright_image(tmp_path, as_file):
+    """A phone's photo that lies on its side is refused for noise that fits it, before it is turned."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = tmp_path / "phone.jpg"
+    random_image(0, 64, 32).save(path, exif=exif)
+    image = ImageFile.find(path) if as_file else Image.open(path)
+    request = Request.create("img2img", inputs=[image, "a bench"])
+    made = prepare(request, CONFIG, model().tokenizer)
+    height, width = made.image_size
+    assert height > width
+    noise = {"latent": made.initial_latent, "vae_0": made.posterior_noise[0].transpose(2, 0, 1)[None]}
+    check(Request.create("img2img", inputs=[image, "a bench"], init_noise=noise), CONFIG, model().tokenizer)

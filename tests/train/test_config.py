@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+import sys
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
 from commands import process
+from test_imports import SERVING, declared, imported
 from training import NEW, tables, write_toml
 
 from bagel_jax.config import BagelConfig
 from bagel_jax.errors import InputError
+from bagel_jax.train import __main__ as command
+from bagel_jax.train import packages
 from bagel_jax.train.config import OptimizerTable, read_train_config
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
@@ -129,3 +134,26 @@ def test_the_command_says_it_in_one_line(tmp_path):
     assert lines[0].startswith(f"error: {path}: ")
     assert "jax._src" not in ran.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("missing", [["grain"], ["grain", "absl", "tensorboardX"]])
+def test_the_command_says_what_to_install(tmp_path, capsys, monkeypatch, missing):
+    """Whoever installed the package to serve with it gets a traceback out of the middle of it."""
+    for name in missing:
+        monkeypatch.setitem(sys.modules, name, None)
+    path = write_toml(tmp_path / "a.toml", tables(tmp_path / "run", ["a.jsonl"]))
+    assert command.main([str(path)]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: training needs ")
+    assert all(name in err for name in missing)
+    assert err.endswith(" not installed; run pip install -e '.[train]' in the folder of bagel_jax\n")
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_to_install_is_what_is_declared():
+    """A package that training needs is neither installed by its extra nor asked for."""
+    train = Path(packages.__file__).parent
+    third_party = {name for file in train.glob("*.py") for name in imported(file)}
+    only = {name for name in third_party if not declared(packages_distributions()[name]) & declared(SERVING)}
+    assert only == set(packages._NEEDED)
