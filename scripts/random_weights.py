@@ -116,7 +116,7 @@ def draw(target: Target, config: BagelConfig, seed: int) -> np.ndarray:
     if kind == "scale":
         return np.ones(target.shape, np.float32)
     # Sums of fan-in products keep the size of their inputs; what is added stays small beside them.
-    std = 1 / math.sqrt(math.prod(target.shape[int(target.row.stacked) : -1])) if kind == "kernel" else 0.02
+    std = 1 / math.sqrt(math.prod(target.source_shape[1:])) if kind == "kernel" else 0.02
     generator = np.random.default_rng([seed, zlib.crc32(target.path.encode())])
     return np.float32(std) * generator.standard_normal(target.shape, np.float32)
 

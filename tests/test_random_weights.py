@@ -13,7 +13,7 @@ from commands import script_runner
 
 from bagel_jax.bagel import Bagel
 from bagel_jax.checkpoint.source import ModelSource
-from bagel_jax.settings import ServingSettings
+from bagel_jax.settings import EngineConfig
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "random_weights.py"
 # Images of 32 pixels at most.
@@ -51,7 +51,7 @@ def test_a_model_that_draws(script, tmp_path):
     wanted = {"ema.safetensors", "ae.safetensors", "config.json", "llm_config.json", "vit_config.json"}
     wanted |= {"tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"}
     assert {path.name for path in (tmp_path / "model").iterdir()} == wanted
-    model = Bagel.load(tmp_path / "model", "float32", settings=ServingSettings(**small.SERVING))
+    model = Bagel.load(tmp_path / "model", "float32", settings=EngineConfig(**small.SERVING))
     trunk, autoencoder = model.config.trunk, model.config.autoencoder
     assert (trunk.hidden_size, trunk.num_layers, trunk.num_heads, trunk.num_kv_heads, trunk.head_dim) == (
         32,

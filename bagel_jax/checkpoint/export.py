@@ -112,8 +112,8 @@ def export(
         raise InputError(f"{tokenizer_directory} is not a directory; give the one with the tokenizer's files")
     jsons = json_files(config, dtypes["trunk.embed.embedding"].name)
     for name, fields in jsons.items():
-        theirs = read_json(tokenizer_directory / name) if (tokenizer_directory / name).exists() else {}
-        jsons[name] = {key: x for key, x in theirs.items() if key not in _NOT_KEPT} | fields
+        source_json = read_json(tokenizer_directory / name) if (tokenizer_directory / name).exists() else {}
+        jsons[name] = {key: x for key, x in source_json.items() if key not in _NOT_KEPT} | fields
     # Wider types first, so that every tensor is aligned in its file; a component in one go, for it may be read so.
     targets.sort(key=lambda t: (-dtypes[t.path].itemsize, COMPONENTS.index(t.row.component)))
     done = 0
@@ -227,8 +227,7 @@ def _checked_targets(arrays: Mapping[str, Any], config: BagelConfig) -> list[Tar
 def _tensors(target: Target, values: np.ndarray, dtype: np.dtype) -> Iterator[np.ndarray]:
     """What `PublishedCheckpoint.read` makes `values` of: one tensor, or one a layer."""
     for value in values if target.row.stacked else values[None]:
-        tensor = value if target.row.axes is None else value.transpose(np.argsort(target.row.axes))
-        yield np.ascontiguousarray(tensor, dtype)
+        yield np.ascontiguousarray(target.to_source(value), dtype)
 
 
 def _write_tensors(

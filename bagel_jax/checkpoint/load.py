@@ -28,6 +28,12 @@ def on_default_device(path: str, shape: tuple[int, ...]) -> jax.sharding.Shardin
     return jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 
+def on_device(device: jax.Device) -> ShardingOf:
+    """Every parameter whole on one device; it goes there from the host and over no other."""
+    placed = jax.sharding.SingleDeviceSharding(device)
+    return lambda path, shape: placed
+
+
 @dataclass
 class Report:
     """How a checkpoint's tensors fit a model."""
@@ -99,20 +105,21 @@ class PublishedCheckpoint:
         return functools.reduce(jnp.promote_types, {_NUMPY[info.dtype] for info in infos})
 
     def read(self, target: Target, dtype, sharding: jax.sharding.Sharding) -> jax.Array:
-        """One parameter as an array of `dtype`; each device reads only its own part of each tensor."""
+        """One parameter as an array of `dtype`; each device reads only its own part of each tensor.
 
-        axes = target.row.axes or tuple(range(len(target.source_shape)))
+        Raises:
+            ValueError: the sharding cuts inside a head.
+        """
+        stacked = target.row.stacked
 
         def part(read, index: tuple[slice, ...]) -> np.ndarray:
             index = tuple(slice(*s.indices(size)) for s, size in zip(index, target.shape, strict=True))
-            source_index = [slice(None)] * len(axes)
-            for source_axis, wanted in zip(axes, index[1:] if target.row.stacked else index, strict=True):
-                source_index[source_axis] = wanted
+            source_index = target.source_index(index[stacked:])
             out = np.empty([s.stop - s.start for s in index], dtype)
-            places = out if target.row.stacked else out[None]
-            layers = range(len(target.sources))[index[0]] if target.row.stacked else range(1)
+            places = out if stacked else out[None]
+            layers = range(len(target.sources))[index[0]] if stacked else range(1)
             for place, layer in zip(places, layers, strict=True):
-                place[...] = read(target.row.file, target.sources[layer], tuple(source_index)).transpose(axes)
+                place[...] = target.to_target(read(target.row.file, target.sources[layer], source_index))
             return out
 
         with self.files.reading() as read:

@@ -9,22 +9,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import orbax.checkpoint as ocp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from bagel_jax.checkpoint.files import read_json
 from bagel_jax.checkpoint.folder import copy_small_files, written
 from bagel_jax.checkpoint.load import PublishedCheckpoint, ShardingOf, on_default_device
-from bagel_jax.checkpoint.table import COMPONENTS, resolve
+from bagel_jax.checkpoint.table import COMPONENTS, Target, resolve
 from bagel_jax.config import BagelConfig
 from bagel_jax.errors import InputError
 from bagel_jax.models.weights import Weights, abstract_weights, fill, flatten
 
 MANIFEST = "bagel_jax.json"
-_FORMAT = 1
+# In format 1 heads and their width were one axis, as in the published layout.
+_FORMAT, _JOINED = 2, 1
 # Arrays are cut into pieces of at most this many bytes, so that a device can read its part of one.
 _CHUNK_BYTES = 64 * 2**20
 
@@ -45,12 +47,14 @@ def convert(
     Raises:
         InputError: the destination is there already or cannot be made, or the source does not fit its model.
     """
+    import orbax.checkpoint as ocp  # late: half a second, and most models are read in the published layout
+
     checkpoint.check()
     sharding = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
     dtypes: dict[str, str] = {}
     done = 0
-    with written(destination) as partial:
-        (partial / "weights").mkdir()
+    with written(destination) as folder:
+        (folder / "weights").mkdir()
         for component in COMPONENTS:
             arrays = {}
             for target in (t for t in checkpoint.targets if t.row.component == component):
@@ -64,19 +68,19 @@ def convert(
                 arrays, save_args=jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), arrays)
             )
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-                checkpointer.save((partial / "weights" / _folder(component)).absolute(), args)
-        copy_small_files(checkpoint.files.directory, partial)
+                checkpointer.save((folder / "weights" / _folder(component)).absolute(), args)
+        copy_small_files(checkpoint.files.directory, folder)
         manifest = {
             "format": _FORMAT,
             "config": checkpoint.config.to_dict(),
             "dtypes": dtypes,
             "files": {
-                file.relative_to(partial).as_posix(): file.stat().st_size
-                for file in sorted((partial / "weights").rglob("*"))
+                file.relative_to(folder).as_posix(): file.stat().st_size
+                for file in sorted((folder / "weights").rglob("*"))
                 if file.is_file()
             },
         }
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 
 def _folder(component: str) -> str:
@@ -93,9 +97,11 @@ class ConvertedCheckpoint:
     def __init__(self, directory: Path):
         self.directory = directory
         manifest = read_json(directory / MANIFEST)
-        if manifest.get("format") != _FORMAT:
+        self._format = manifest.get("format")
+        if self._format not in (_JOINED, _FORMAT):
             raise InputError(
-                f"{directory / MANIFEST} has format {manifest.get('format')!r}; this version reads format {_FORMAT}"
+                f"{directory / MANIFEST} has format {self._format!r}; this version reads formats {_JOINED} and "
+                f"{_FORMAT}"
             )
         try:
             self.config = BagelConfig.from_dict(manifest["config"])
@@ -144,6 +150,16 @@ class ConvertedCheckpoint:
         Raises:
             InputError: the arrays are damaged or of other shapes.
         """
+        shapes = {path: leaf.shape for path, leaf in wanted.items()}
+        joined = {t.path: t for t in resolve(shapes) if t.row.heads is not None} if self._format == _JOINED else {}
+        arrays = self._restore(component, wanted | {path: _joined(t, wanted[path]) for path, t in joined.items()})
+        for path in joined:
+            arrays[path] = _split(arrays[path], wanted[path])
+        return arrays
+
+    def _restore(self, component: str, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+        import orbax.checkpoint as ocp  # late: as in `convert`
+
         restore = ocp.args.PyTreeRestore(wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted))
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             try:
@@ -154,3 +170,18 @@ class ConvertedCheckpoint:
                 raise InputError(
                     f"the {component} weights in {self.directory} cannot be read ({reason}); convert again"
                 ) from None
+
+
+def _joined(target: Target, wanted: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """A parameter with heads and their width as one axis, cut as `wanted` is."""
+    sharding = wanted.sharding
+    if isinstance(sharding, NamedSharding):
+        first = target.row.heads[0] + target.row.stacked
+        spec = (*sharding.spec, *[None] * (len(wanted.shape) - len(sharding.spec)))
+        sharding = NamedSharding(sharding.mesh, PartitionSpec(*spec[: first + 1], *spec[first + 2 :]))
+    return jax.ShapeDtypeStruct(target.joined_shape, wanted.dtype, sharding=sharding)
+
+
+def _split(x: jax.Array, wanted: jax.ShapeDtypeStruct) -> jax.Array:
+    """What `_joined` asked for, as `wanted` is; each device has the heads already that it keeps."""
+    return jax.jit(partial(jnp.reshape, shape=wanted.shape), out_shardings=wanted.sharding)(x)

@@ -1,14 +1,16 @@
 """The name table: which tensor of the published checkpoint fills which parameter of `BagelModel`.
 
 One row a kind of parameter. `{l}` in a source runs over the layers that are stacked in the target; `{path}` stands
-for the same words on both sides. The autoencoder's modules are named as its checkpoint names them, so three rows
-map all of it.
+for the same words on both sides. The autoencoder's modules are named as its checkpoint names them, so three rows map
+all of it. Where a parameter has an axis of heads and one of their width, the tensor has one axis for both (`heads`).
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+
+import numpy as np
 
 from bagel_jax.errors import InputError
 
@@ -21,13 +23,14 @@ MAIN, AUTOENCODER = "ema", "ae"
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the table: the parameter's path, the tensor's name, the axes, the file and the component."""
+    """One row of the table: the parameter's path, the tensor's name, the axes, the file, the component, the heads."""
 
     target: str
     source: str
-    axes: tuple[int, ...] | None = None
+    axes: tuple[int, ...] | None = None  # of the target with its heads joined
     file: str = MAIN
     component: str = ""
+    heads: tuple[int, int] | None = None  # two neighbours of the target's axes, layers not counted: one in the source
 
     @property
     def stacked(self) -> bool:
@@ -43,9 +46,9 @@ class Row:
         return self.source.replace("{path}", found.groupdict().get("path", ""))
 
 
-def _linear(target, source, component, *, bias=True) -> list[Row]:
-    rows = [Row(f"{target}.kernel", f"{source}.weight", LINEAR, MAIN, component)]
-    return rows + ([Row(f"{target}.bias", f"{source}.bias", None, MAIN, component)] if bias else [])
+def _linear(target, source, component, *, bias=True, kernel_heads=None, bias_heads=None) -> list[Row]:
+    rows = [Row(f"{target}.kernel", f"{source}.weight", LINEAR, MAIN, component, kernel_heads)]
+    return rows + ([Row(f"{target}.bias", f"{source}.bias", None, MAIN, component, bias_heads)] if bias else [])
 
 
 def _layer_norm(target, source, component) -> list[Row]:
@@ -65,8 +68,10 @@ def _trunk() -> list[Row]:
     ):
         layer, target = "language_model.model.layers.{l}", f"trunk.layers.{expert}"
         for name in "qkv":
-            rows += _linear(f"{target}.{name}", f"{layer}.self_attn.{name}_proj{suffix}", component)
-        rows += _linear(f"{target}.o", f"{layer}.self_attn.o_proj{suffix}", component, bias=False)
+            source = f"{layer}.self_attn.{name}_proj{suffix}"
+            rows += _linear(f"{target}.{name}", source, component, kernel_heads=(1, 2), bias_heads=(0, 1))
+        source = f"{layer}.self_attn.o_proj{suffix}"
+        rows += _linear(f"{target}.o", source, component, bias=False, kernel_heads=(0, 1))
         for name in ("gate", "up", "down"):
             rows += _linear(f"{target}.{name}", f"{layer}.mlp{suffix}.{name}_proj", component, bias=False)
         norms = {
@@ -136,15 +141,60 @@ class Target:
     sources: tuple[str, ...]  # one, or one a layer
 
     @property
+    def joined_shape(self) -> tuple[int, ...]:
+        """The target's own shape with heads and their width as one axis: as a source has it, but for `row.axes`."""
+        if self.row.heads is None:
+            return self.shape
+        first = self.row.heads[0] + self.row.stacked
+        heads, width = self.shape[first : first + 2]
+        return (*self.shape[:first], heads * width, *self.shape[first + 2 :])
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """Source axes in the order of the target's, layers left out and heads joined."""
+        return self.row.axes or tuple(range(len(self.joined_shape) - self.row.stacked))
+
+    @property
     def source_shape(self) -> tuple[int, ...]:
         """The shape that each source must have."""
-        shape = self.shape[1:] if self.row.stacked else self.shape
-        if self.row.axes is None:
-            return shape
-        source = [0] * len(shape)
-        for target_axis, source_axis in enumerate(self.row.axes):
-            source[source_axis] = shape[target_axis]
-        return tuple(source)
+        return self._in_source_order(self.joined_shape[self.row.stacked :])
+
+    def source_index(self, index: tuple[slice, ...]) -> tuple[slice, ...]:
+        """Where a part of the target is in each source.
+
+        Args:
+            index: slices with start and stop, one an axis of the target, layers left out.
+
+        Raises:
+            ValueError: it cuts inside a head.
+        """
+        if self.row.heads is not None:
+            first = self.row.heads[0]
+            heads, width = index[first : first + 2]
+            size = self.shape[first + 1 + self.row.stacked]
+            if (width.start, width.stop) != (0, size):
+                raise ValueError(
+                    f"{self.path} is asked for from {width.start} to {width.stop} of each head's {size} numbers; a "
+                    "head is read whole"
+                )
+            index = (*index[:first], slice(heads.start * size, heads.stop * size), *index[first + 2 :])
+        return self._in_source_order(index)
+
+    def to_target(self, tensor: np.ndarray) -> np.ndarray:
+        """A source, or a part of one that cuts no head, as a layer of the target has it; a view."""
+        tensor = tensor.transpose(self.axes)
+        if self.row.heads is None:
+            return tensor
+        first = self.row.heads[0]
+        width = self.shape[first + 1 + self.row.stacked]
+        return tensor.reshape(*tensor.shape[:first], -1, width, *tensor.shape[first + 1 :])
+
+    def to_source(self, layer: np.ndarray) -> np.ndarray:
+        """A layer of the target as its source has it, the way back of `to_target`."""
+        return layer.reshape(self.joined_shape[self.row.stacked :]).transpose(np.argsort(self.axes))
+
+    def _in_source_order(self, of_target: tuple) -> tuple:
+        return tuple(of_target[axis] for axis in np.argsort(self.axes))
 
 
 def resolve(shapes: dict[str, tuple[int, ...]], table: tuple[Row, ...] = TABLE) -> list[Target]:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from bagel_jax.config import BagelConfig
+from bagel_jax.layout import NUM_MARKERS
 from bagel_jax.models.autoencoder import AutoEncoder
 from bagel_jax.models.layers import ACTIVATIONS, linear, stack
 from bagel_jax.models.mot import Block, MoT
@@ -102,9 +103,9 @@ class BagelModel(nnx.Module):
             cache.
         """
         batch, count = latents.shape[:2]
-        und = jnp.broadcast_to(self.trunk.embed(markers), (batch, 2, self.config.trunk.hidden_size))
+        und = jnp.broadcast_to(self.trunk.embed(markers), (batch, NUM_MARKERS, self.config.trunk.hidden_size))
         block = Block(und, self.embed_latents(latents, timestep[:, None], position_ids))
-        positions = jnp.broadcast_to(rope[:, None], (batch, count + 2))
+        positions = jnp.broadcast_to(rope[:, None], (batch, NUM_MARKERS + count))
         out, cache = self.trunk(block, positions, attention, cache)
         return out.gen, cache
 

@@ -32,6 +32,30 @@ def linear(width_in: int, width_out: int, dtype, rngs: nnx.Rngs, *, bias: bool =
     )
 
 
+def to_heads(width_in: int, heads: int, width: int, dtype, rngs: nnx.Rngs) -> nnx.LinearGeneral:
+    """`linear` [..., width_in] -> [..., heads, width], with a bias.
+
+    Heads are an axis of the kernel, so that devices can share them and never share one head.
+    """
+    return nnx.LinearGeneral(
+        width_in, (heads, width), dtype=dtype, param_dtype=dtype, precision=precision(dtype), rngs=rngs
+    )
+
+
+def from_heads(heads: int, width: int, width_out: int, dtype, rngs: nnx.Rngs) -> nnx.LinearGeneral:
+    """`linear` [..., heads, width] -> [..., width_out], without a bias; see `to_heads`."""
+    return nnx.LinearGeneral(
+        (heads, width),
+        width_out,
+        axis=(-2, -1),
+        use_bias=False,
+        dtype=dtype,
+        param_dtype=dtype,
+        precision=precision(dtype),
+        rngs=rngs,
+    )
+
+
 def rms_norm(width: int, eps: float, dtype, rngs: nnx.Rngs) -> nnx.RMSNorm:
     """`nnx.RMSNorm` over the last axis; statistics in float32."""
     return nnx.RMSNorm(width, epsilon=eps, dtype=dtype, param_dtype=dtype, rngs=rngs)

@@ -20,7 +20,16 @@ from flax import nnx
 from bagel_jax.config import TrunkConfig
 from bagel_jax.layout import PackedMask
 from bagel_jax.models.attention import KV, attend_packed
-from bagel_jax.models.layers import ACTIVATIONS, linear, precision, rms_norm, scan_layers, stack
+from bagel_jax.models.layers import (
+    ACTIVATIONS,
+    from_heads,
+    linear,
+    precision,
+    rms_norm,
+    scan_layers,
+    stack,
+    to_heads,
+)
 
 
 class Block(NamedTuple):
@@ -50,15 +59,18 @@ def _rotate(x, cos, sin):
 
 
 class Expert(nnx.Module):
-    """The weights of one expert in one layer: norms, attention projections, gated MLP."""
+    """The weights of one expert in one layer: norms, attention projections, gated MLP.
+
+    Kernels of the projections: q `[D, H, E]`, k and v `[D, K, E]`, o `[H, E, D]`.
+    """
 
     def __init__(self, c: TrunkConfig, dtype, rngs: nnx.Rngs):
         self.config, self.dtype = c, dtype
         self.input_norm = rms_norm(c.hidden_size, c.norm_eps, dtype, rngs)
-        self.q = linear(c.hidden_size, c.num_heads * c.head_dim, dtype, rngs)
-        self.k = linear(c.hidden_size, c.num_kv_heads * c.head_dim, dtype, rngs)
-        self.v = linear(c.hidden_size, c.num_kv_heads * c.head_dim, dtype, rngs)
-        self.o = linear(c.num_heads * c.head_dim, c.hidden_size, dtype, rngs, bias=False)
+        self.q = to_heads(c.hidden_size, c.num_heads, c.head_dim, dtype, rngs)
+        self.k = to_heads(c.hidden_size, c.num_kv_heads, c.head_dim, dtype, rngs)
+        self.v = to_heads(c.hidden_size, c.num_kv_heads, c.head_dim, dtype, rngs)
+        self.o = from_heads(c.num_heads, c.head_dim, c.hidden_size, dtype, rngs)
         # Float32 out: the rotation that follows is done before rounding.
         self.q_norm = nnx.RMSNorm(c.head_dim, epsilon=c.norm_eps, dtype=jnp.float32, param_dtype=dtype, rngs=rngs)
         self.k_norm = nnx.RMSNorm(c.head_dim, epsilon=c.norm_eps, dtype=jnp.float32, param_dtype=dtype, rngs=rngs)
@@ -70,14 +82,16 @@ class Expert(nnx.Module):
     def qkv(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """`[B, T, D]` -> queries `[B, T, H, E]`, keys and values `[B, T, K, E]`, normed and rotated."""
         h = self.input_norm(x)
-        q, k, v = (p(h).reshape(*h.shape[:-1], -1, self.config.head_dim) for p in (self.q, self.k, self.v))
+        # So that nothing is fused into the projections: libtpu 0.0.50 tries to for a v5p at some lengths of text (512,
+        # 1024) and aborts the process, "TransformWindow: split of a padded window dim is not supported".
+        q, k, v = jax.lax.optimization_barrier((self.q(h), self.k(h), self.v(h)))
         q = _rotate(self.q_norm(q), cos, sin).astype(self.dtype)
         k = _rotate(self.k_norm(k), cos, sin).astype(self.dtype)
         return q, k, v
 
     def finish(self, x: jax.Array, attended: jax.Array) -> jax.Array:
         """Residual `[B, T, D]` and attention output `[B, T, H, E]` -> the layer's output `[B, T, D]`."""
-        x = x + self.o(attended.reshape(*attended.shape[:-2], -1))
+        x = x + self.o(attended)
         h = self.post_norm(x)
         return x + self.down(ACTIVATIONS[self.config.activation](self.gate(h)) * self.up(h))
 
@@ -89,19 +103,28 @@ class Layer(nnx.Module):
         self.und = Expert(c, dtype, rngs)
         self.gen = Expert(c, dtype, rngs)
 
+    def qkv(self, x: Block, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, KV]:
+        """Queries `[..., T + N, H, E]`, keys and values of tokens, those of `und` before those of `gen`."""
+        size = x.und.shape[-2]
+        parts = [self.und.qkv(x.und, cos[..., :size, :], sin[..., :size, :])]
+        if x.gen is not None:
+            parts.append(self.gen.qkv(x.gen, cos[..., size:, :], sin[..., size:, :]))
+        q, k, v = (jnp.concatenate(both, axis=-3) for both in zip(*parts, strict=True))
+        return q, KV(k, v)
+
+    def finish(self, x: Block, attended: jax.Array) -> Block:
+        """The layer's output, of its input and the attention's output `[..., T + N, H, E]`."""
+        size = x.und.shape[-2]
+        und = self.und.finish(x.und, attended[..., :size, :, :])
+        return Block(und, None if x.gen is None else self.gen.finish(x.gen, attended[..., size:, :, :]))
+
     def __call__(self, x: Block, cos, sin, attention) -> tuple[Block, Any]:
         """One layer over tokens, those of `und` before those of `gen`; rows B may be missing.
 
         `attention(q, kv)` of all of them together knows who sees whom; what it returns beside its output is returned.
         """
-        size = x.und.shape[-2]
-        mine = [self.und.qkv(x.und, cos[..., :size, :], sin[..., :size, :])]
-        if x.gen is not None:
-            mine.append(self.gen.qkv(x.gen, cos[..., size:, :], sin[..., size:, :]))
-        q, k, v = (jnp.concatenate(both, axis=-3) for both in zip(*mine, strict=True))
-        out, extra = attention(q, KV(k, v))
-        und = self.und.finish(x.und, out[..., :size, :, :])
-        return Block(und, None if x.gen is None else self.gen.finish(x.gen, out[..., size:, :, :])), extra
+        out, extra = attention(*self.qkv(x, cos, sin))
+        return self.finish(x, out), extra
 
 
 class MoT(nnx.Module):

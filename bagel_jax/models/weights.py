@@ -64,9 +64,9 @@ class Weights:
         """The device where the parameters are, one of them if there are several."""
         return next(iter(self.arrays[0].devices()))
 
-    def on(self, device: jax.Device) -> Weights:
-        """The same weights on a device; where they are there already nothing is copied."""
-        return self if self.device == device else Weights(self.graph, jax.device_put(self.params, device))
+    def on(self, sharding: jax.sharding.Sharding) -> Weights:
+        """The same weights elsewhere."""
+        return Weights(self.graph, jax.device_put(self.params, sharding))
 
     @property
     def better_unrolled(self) -> bool:
@@ -94,14 +94,6 @@ class Weights:
             apart += [((*_LAYERS, i, *path[2:]), variable.replace(x)) for i, x in enumerate(unstack(array))]
             array.delete()
         return Weights(abstract_weights(config, dtype, unrolled).graph, nnx.from_flat_state(apart))
-
-    def place(self, tree):
-        """A pytree's arrays put, for good, on the device where the parameters are.
-
-        What a program returns is bound to a device; what the host makes is not. A program that gets now one, now the
-        other for the same argument is compiled twice.
-        """
-        return jax.device_put(tree, self.arrays[0].sharding)
 
     def model(self) -> BagelModel:
         """The module again."""

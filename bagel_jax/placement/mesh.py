@@ -1,4 +1,4 @@
-"""The mesh of devices, and single ones by their numbers."""
+"""The mesh of devices that training runs on."""
 
 from __future__ import annotations
 
@@ -31,16 +31,3 @@ def make_mesh(data: int = 1, fsdp: int = 0) -> Mesh:
             f"the mesh is data {data} x fsdp {fsdp}, but there are {count} devices; the product must be that"
         )
     return Mesh(np.asarray(jax.devices()).reshape(data, fsdp), AXES)
-
-
-def stage_devices(ar_device: int, dit_device: int) -> tuple[jax.Device, jax.Device]:
-    """The devices of stage 0 and stage 1, by their numbers among this process's.
-
-    Raises:
-        InputError: there is no such device.
-    """
-    devices = jax.local_devices()
-    for name, number in (("ar_device", ar_device), ("dit_device", dit_device)):
-        if number >= len(devices):
-            raise InputError(f"{name} is {number}; it must be a device's number, from 0 to {len(devices) - 1}")
-    return devices[ar_device], devices[dit_device]

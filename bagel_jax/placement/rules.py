@@ -16,10 +16,14 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 _LOGICAL: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"trunk\.embed\.embedding", ("vocab", "embed")),
     (r"trunk\.lm_head\.kernel", ("embed", "vocab")),
-    (r"trunk\.layers\..*\.(q|k|v)\.kernel", ("embed", "heads")),
-    (r"trunk\.layers\..*\.o\.kernel", ("heads", "embed")),
+    # A head's numbers are never cut: rotary embedding pairs them, and attention sums over them.
+    (r"trunk\.layers\..*\.(q|k|v)\.kernel", ("embed", "heads", None)),
+    (r"trunk\.layers\..*\.(q|k|v)\.bias", ("heads", None)),
+    (r"trunk\.layers\..*\.o\.kernel", ("heads", None, "embed")),
     (r"trunk\.layers\..*\.(gate|up)\.kernel", ("embed", "mlp")),
     (r"trunk\.layers\..*\.down\.kernel", ("mlp", "embed")),
+    (r"trunk\.layers\..*\.o\.kernel\.lora_a", ("heads", None, None)),
+    (r"trunk\.layers\..*\.(q|k|v)\.kernel\.lora_b", (None, "heads", None)),
     (r"trunk\.layers\..*\.lora_a", ("embed", None)),
     (r"trunk\.layers\..*\.lora_b", (None, "embed")),
     (r"vit\.layers\.fc2\.kernel", ("mlp", "embed")),
@@ -33,6 +37,8 @@ Rules = Mapping[str, str | None]
 
 # Fully sharded data parallelism: each parameter is cut along the model width.
 FSDP: Rules = {"embed": "fsdp", "heads": None, "mlp": None, "vocab": None}
+# A stage of the engine: what is computed side by side is cut, the model width never.
+SERVING: Rules = {"embed": None, "heads": "tensor", "mlp": "tensor", "vocab": "tensor"}
 
 
 def partition(path: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules = FSDP) -> PartitionSpec:

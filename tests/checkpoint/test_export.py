@@ -117,8 +117,8 @@ def test_exported_model_loads(exported, tiny):
     """The same sizes, values and images."""
     ours = Bagel.load(exported, dtype="float32")
     assert ours.config == tiny.config
-    theirs = flatten(tiny.load_weights().params)
-    for path, x in flatten(ours.load_weights().params).items():
+    theirs = flatten(tiny.load_weights()[0].params)
+    for path, x in flatten(ours.load_weights()[0].params).items():
         assert np.array_equal(x, theirs[path]), path
 
 

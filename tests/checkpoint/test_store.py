@@ -20,6 +20,7 @@ import pytest
 
 from bagel_jax.bagel import Bagel
 from bagel_jax.checkpoint import store
+from bagel_jax.checkpoint.export import export, stored_arrays
 from bagel_jax.checkpoint.files import CheckpointFiles
 from bagel_jax.checkpoint.load import PublishedCheckpoint
 from bagel_jax.checkpoint.sizes import read_config
@@ -46,7 +47,7 @@ def published(directory: Path) -> PublishedCheckpoint:
 def assert_same(weights: Weights, expected: Bagel, rounded: tuple[type, ...] = ()) -> None:
     """Every parameter is that of `expected`, after going through the dtypes `rounded`."""
     ours, expected = (
-        {path: np.asarray(x) for path, x in flatten(w.params).items()} for w in (weights, expected.load_weights())
+        {path: np.asarray(x) for path, x in flatten(w.params).items()} for w in (weights, expected.load_weights()[0])
     )
     assert ours.keys() == expected.keys()
     for dtype in rounded:
@@ -82,7 +83,7 @@ def test_converted_model_is_the_same(tiny, converted):
     """Sizes, values and images, bit for bit; the tokenizer travels along."""
     ours = Bagel.load(converted, dtype="float32")
     assert ours.config == tiny.config
-    assert_same(ours.load_weights(), tiny)
+    assert_same(ours.load_weights()[0], tiny)
     arguments = {"height": 96, "width": 160, "steps": 3, "seed": 5}
     theirs = tiny.generate("text2img", "a red square", **arguments)
     result = ours.generate("text2img", "a red square", **arguments)
@@ -99,7 +100,7 @@ def test_contents(tiny_dir, converted):
     for name in small:
         assert (converted / name).read_bytes() == (tiny_dir / name).read_bytes()
     manifest = json.loads((converted / MANIFEST).read_text())
-    assert manifest["format"] == 1
+    assert manifest["format"] == 2
     assert set(manifest["dtypes"].values()) == {"float32"}
 
 
@@ -166,6 +167,80 @@ def test_progress(tiny, source, converted, tmp_path):
     weights = ModelSource.open(converted).load(jnp.bfloat16, lambda *event: loading.append(event))
     assert (loading[0], loading[-1]) == ((0, total), (total, total))
     assert_same(weights, tiny, (ml_dtypes.bfloat16,))
+
+
+def as_format_1(directory: Path, checkpoint: PublishedCheckpoint) -> None:
+    """Rewrites a converted checkpoint as versions before heads were an axis wrote it."""
+    targets = {target.path: target for target in checkpoint.targets}
+    for folder in (directory / "weights").iterdir():
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            names = checkpointer.metadata(folder.absolute()).item_metadata.tree
+            kinds = dict.fromkeys(names, ocp.RestoreArgs(restore_type=np.ndarray))
+            arrays = checkpointer.restore(folder.absolute(), ocp.args.PyTreeRestore(restore_args=kinds))
+        shutil.rmtree(folder)
+        arrays = {path: np.asarray(x).reshape(targets[path].joined_shape) for path, x in arrays.items()}
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            checkpointer.save(folder.absolute(), ocp.args.PyTreeSave(arrays))
+    sizes = {
+        file.relative_to(directory).as_posix(): file.stat().st_size
+        for file in (directory / "weights").rglob("*")
+        if file.is_file()
+    }
+    manifest = json.loads((directory / MANIFEST).read_text())
+    (directory / MANIFEST).write_text(json.dumps(manifest | {"format": 1, "files": sizes}))
+
+
+@pytest.fixture(scope="module")
+def old(converted, source, tmp_path_factory) -> Path:
+    """The converted checkpoint in format 1."""
+    directory = checkpoints.copy(converted, tmp_path_factory.mktemp("old") / "model")
+    as_format_1(directory, source)
+    return directory
+
+
+def test_format_1(old, tiny, tiny_dir, tmp_path):
+    """What was converted before heads were an axis still loads, bit for bit, and can be published again."""
+    shapes = {path: tuple(meta.shape) for path, meta in on_disk(old).items()}
+    t = tiny.config.trunk
+    assert shapes["trunk.layers.und.q.kernel"] == (t.num_layers, t.hidden_size, t.num_heads * t.head_dim)
+    assert shapes["trunk.layers.und.k.bias"] == (t.num_layers, t.num_kv_heads * t.head_dim)
+    opened = ModelSource.open(old)
+    assert_same(opened.load(jnp.float32), tiny)
+    export(stored_arrays(opened), opened.config, old, tmp_path / "out")
+    theirs = checkpoints.read_tensors(tiny_dir / checkpoints.FILES["ema"])
+    for name, x in checkpoints.read_tensors(tmp_path / "out" / checkpoints.FILES["ema"]).items():
+        assert x.tobytes() == theirs[name].tobytes(), name
+
+
+_CUT = """
+import json, sys
+from pathlib import Path
+import jax, jax.numpy as jnp, numpy as np
+from bagel_jax.checkpoint.source import ModelSource
+from bagel_jax.models.weights import flatten
+from bagel_jax.placement.rules import sharding
+mesh = jax.make_mesh((1, 2), ("data", "fsdp"))
+rules = {"heads": "fsdp", "mlp": "fsdp"}
+loaded = []
+for name in sys.argv[1:]:
+    source = ModelSource.open(Path(name))
+    loaded.append(flatten(source.load(jnp.float32, None, lambda p, s: sharding(p, s, mesh, rules)).params))
+wrong = [path for path, x in loaded[0].items() if not np.array_equal(x, loaded[1][path])]
+wrong += [path for path, x in loaded[0].items() if x.sharding != sharding(path, x.shape, mesh, rules)]
+cut = [path for path, x in loaded[0].items() if x.addressable_shards[0].data.size < x.size]
+print(json.dumps({"wrong": wrong, "cut": cut}))
+"""
+
+
+def test_format_1_on_many_devices(old, converted):
+    """Each device reads its heads, whatever the format."""
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", _CUT, str(old), str(converted)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["wrong"] == []
+    assert {"trunk.layers.und.q.kernel", "trunk.layers.gen.k.bias", "trunk.layers.gen.o.kernel"} <= set(result["cut"])
 
 
 @pytest.mark.parametrize("make", [Path.mkdir, Path.touch])
@@ -250,7 +325,7 @@ def test_source_is_never_removed(tiny_dir, tmp_path):
         lambda text: text[: len(text) // 2],
         lambda text: "[]",
         lambda text: "{}",
-        lambda text: text.replace('"format": 1', '"format": 2'),
+        lambda text: text.replace('"format": 2', '"format": 3'),
         lambda text: text.replace('"config"', '"sizes"'),
         lambda text: text.replace('"vocab_size"', '"words"'),
         lambda text: text.replace('"time_frequencies": 256,', ""),

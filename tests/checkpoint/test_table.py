@@ -140,6 +140,37 @@ def test_source_shape_inverts_axes(axes, stacked):
     assert np.empty(source).transpose(axes or tuple(range(len(source)))).shape == shape
 
 
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "axes", "heads", "joined", "source"),
+    [
+        ((5, 4, 8), LINEAR, (1, 2), (5, 32), (32, 5)),  # q, k, v
+        ((4, 8), None, (0, 1), (32,), (32,)),  # their biases
+        ((4, 8, 5), LINEAR, (0, 1), (32, 5), (5, 32)),  # o
+    ],
+)
+def test_heads_are_one_axis_of_the_source(shape, axes, heads, joined, source, stacked):
+    """A head's numbers lie side by side in the source; there and back, and in part, every number keeps its place."""
+    layers = (3,) if stacked else ()
+    row = Row("x", "layers.{l}.y" if stacked else "y", axes, heads=heads)
+    target = Target("x", layers + shape, row, ())
+    assert target.joined_shape == layers + joined
+    assert target.source_shape == source
+    tensor = np.arange(np.prod(source)).reshape(source)
+    whole = tensor.transpose(axes or (0,)).reshape(shape)
+    assert np.array_equal(target.to_target(tensor), whole)
+    assert np.shares_memory(target.to_target(tensor), tensor)
+    assert np.array_equal(target.to_source(whole), tensor)
+    index = [slice(0, size) for size in shape]
+    index[heads[0]] = slice(1, 3)  # two of four heads
+    part = tensor[target.source_index(tuple(index))]
+    assert part.size * 2 == tensor.size
+    assert np.array_equal(target.to_target(part), whole[tuple(index)])
+    index[heads[1]] = slice(0, 4)
+    with pytest.raises(ValueError, match="x is asked for from 0 to 4 of each head's 8 numbers; a head is read whole"):
+        target.source_index(tuple(index))
+
+
 def test_conv_and_linear_shapes():
     """PyTorch's [out, in, height, width] and [out, in] are what is asked for."""
     assert Target("x", (2, 3, 5, 7), Row("x", "y", CONV), ("y",)).source_shape == (7, 5, 2, 3)

@@ -161,9 +161,7 @@ def test_grouped_heads_equal_repeated_ones(one_layer):
             for kind in ("kernel", "bias"):
                 variable = flat["layers", expert, name, kind]
                 value = variable.get_value()
-                grouped = value.reshape(*value.shape[:-1], 2, 1, 8)
-                repeated = jnp.broadcast_to(grouped, (*value.shape[:-1], 2, 2, 8)).reshape(*value.shape[:-1], 32)
-                flat["layers", expert, name, kind] = variable.replace(repeated)
+                flat["layers", expert, name, kind] = variable.replace(jnp.repeat(value, 2, axis=-2))
     full = dataclasses.replace(ONE_LAYER, num_kv_heads=4)
     other = nnx.split(nnx.eval_shape(lambda: MoT(full, jnp.float32, nnx.Rngs(0))))[0]
     where = jnp.zeros(5, jnp.int32), jnp.full((5,), 5)

@@ -42,9 +42,10 @@ def test_the_projections_that_were_asked_for(params, projections, experts):
     adapters = init_adapters(lora, params, 0)
     assert set(adapters) == {f"{name}.lora_{x}" for name in names for x in "ab"}
     for name in names:
-        layers, width_in, width_out = params[name].shape
-        assert adapters[f"{name}.lora_a"].shape == (layers, width_in, 3)
-        assert adapters[f"{name}.lora_b"].shape == (layers, 3, width_out)
+        layers, *widths = params[name].shape
+        between = 2 if name.endswith(".o.kernel") else 1
+        assert adapters[f"{name}.lora_a"].shape == (layers, *widths[:between], 3)
+        assert adapters[f"{name}.lora_b"].shape == (layers, 3, *widths[between:])
     merged = merge_adapters(lora, params, random_adapters(lora, params))
     assert {name for name in params if not np.array_equal(merged[name], params[name])} == names
 
@@ -68,14 +69,19 @@ def test_new_adapters_change_nothing(params):
 
 def test_merged_weights_do_what_adapters_do(params):
     """The exported model answers otherwise than the one that was trained: another scale, or A and B the wrong way."""
-    lora = LoraTable(rank=3, alpha=6.0, projections=("down",), experts=("gen",))
-    name = "trunk.layers.gen.down.kernel"
+    lora = LoraTable(rank=3, alpha=6.0, projections=("q", "k", "v", "o", "down"), experts=("gen",))
     adapters = random_adapters(lora, params)
-    kernel = np.asarray(merge_adapters(lora, params, adapters)[name], np.float64)
-    x = np.random.RandomState(0).standard_normal((2, 5, TINY.trunk.mlp_width))
-    a, b = (np.asarray(adapters[f"{name}.lora_{i}"], np.float64) for i in "ab")
-    beside = x @ np.asarray(params[name], np.float64) + 2 * ((x @ a) @ b)
-    np.testing.assert_allclose(x @ kernel, beside, rtol=1e-5, atol=1e-6)
+    merged = merge_adapters(lora, params, adapters)
+    t = TINY.trunk
+    widths = {"down": t.mlp_width, "o": t.num_heads * t.head_dim}
+    for path in adapted(lora):
+        # As the published layout has them: heads and their width as one axis.
+        width_in = widths.get(path.split(".")[-2], t.hidden_size)
+        kernel, before = (np.asarray(x[path], np.float64).reshape(2, width_in, -1) for x in (merged, params))
+        a = np.asarray(adapters[f"{path}.lora_a"], np.float64).reshape(2, width_in, 3)
+        b = np.asarray(adapters[f"{path}.lora_b"], np.float64).reshape(2, 3, -1)
+        x = np.random.RandomState(0).standard_normal((2, 5, width_in))
+        np.testing.assert_allclose(x @ kernel, x @ before + 2 * ((x @ a) @ b), rtol=1e-5, atol=1e-5)
 
 
 def test_merging_keeps_the_dtype(params):
