@@ -36,6 +36,20 @@ def attend(q: jax.Array, kv: KV, kv_end: jax.Array) -> jax.Array:
     return _sliced(lambda q, end: _attend(q, kv, jnp.arange(kv.k.shape[0]) < end[:, None]), q, kv_end, kv.k.shape[0])
 
 
+def attend_some(q: jax.Array, kv: KV, seen: jax.Array) -> jax.Array:
+    """`attend` where every query sees the same keys, wherever they are.
+
+    Args:
+        q: queries `[T, H, E]`, H a multiple of K.
+        kv: keys and values `[S, K, E]`, finite.
+        seen: `[S]` bool, at least one of them set.
+
+    Returns:
+        `[T, H, E]` in q's dtype.
+    """
+    return _sliced(lambda q, _: _attend(q, kv, seen), q, (), kv.k.shape[0])
+
+
 def attend_packed(q: jax.Array, kv: KV, mask: PackedMask) -> jax.Array:
     """Softmax attention among the T tokens of one row that holds several samples.
 

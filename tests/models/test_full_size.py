@@ -19,13 +19,13 @@ from bagel_jax.config import ImageTransform
 from bagel_jax.engine.context import steps
 from bagel_jax.engine.context.scheduler import MAX_TEXTS
 from bagel_jax.engine.denoise.decoder import decode_latents
-from bagel_jax.engine.denoise.steps import Batch, DenoiseState, Program, Rows, denoise
+from bagel_jax.engine.denoise.steps import DenoiseBatch, DenoiseProgram, DenoiseRows, DenoiseState, denoise
 from bagel_jax.inputs.images import prepare_image
 from bagel_jax.models.weights import abstract_weights, flatten
 from bagel_jax.request import MAX_STEPS
 from bagel_jax.sampling.guidance import Guidance
 from bagel_jax.sampling.taylorseer import Forecasts
-from bagel_jax.sampling.tokens import Sampling
+from bagel_jax.sampling.tokens import SamplingParams
 
 L, K, E, V = 28, 4, 128, 152064
 INT = jax.ShapeDtypeStruct((), jnp.int32)
@@ -119,33 +119,33 @@ def test_largest_image_in_both_encoders(config):
     assert made.vit_patches.shape == (4900, 588)
 
 
-def chunk_of(text, image=None, sequences=MAX_TEXTS + 2):
+def prefill_batch(text, image=None, sequences=MAX_TEXTS + 2):
     """The arrays of a chunk to prefill: `text` tokens, and `image` of an image."""
     block = None if image is None else array(image, 3584, dtype=jnp.bfloat16)
     total = text + (image or 0)
-    return steps.Chunk(ints(text), block, *(ints(total) for _ in range(4)), ints(sequences + 1), ints(sequences, 512))
-
-
-def rows_of(count):
-    """The arrays of rows that decode, and how they choose."""
-    ints = [array(count, dtype=jnp.int32) for _ in range(5)]
-    rows = steps.Rows(*ints, array(count, dtype=jnp.bool_), array(count, 512, dtype=jnp.int32))
-    sampling = Sampling(
-        array(count, 2, dtype=jnp.uint32), array(count, dtype=jnp.bool_), array(count), ints[0], array(count)
+    return steps.PrefillBatch(
+        ints(text), block, *(ints(total) for _ in range(4)), ints(sequences + 1), ints(sequences, 512)
     )
-    return rows, sampling
+
+
+def decode_batch(count):
+    """The arrays of rows that decode, their pages, and how they choose."""
+    rows = steps.DecodeBatch(*(ints(count) for _ in range(5)), array(count, dtype=jnp.bool_))
+    sampling = SamplingParams(
+        array(count, 2, dtype=jnp.uint32), array(count, dtype=jnp.bool_), array(count), ints(count), array(count)
+    )
+    return rows, ints(count, 512), sampling
 
 
 @pytest.mark.parametrize("chunk", [(2048,), (64, bucket(4900, 64)), (64, 4096)], ids=["text", "patches", "latents"])
 def test_prefill(weights, chunk):
     """The largest step does not trace at full size, or its pages change type."""
-    static = steps.Program(weights.skeleton, "xla")._replace(latents=chunk[-1] == 4096)
-    args = static, weights.arrays, PAGES, chunk_of(*chunk)
-    assert shapes(jax.eval_shape(lambda *a: steps.prefill(static, *a), *args[1:])) == shapes(PAGES)
-    rows, sampling = rows_of(16)
-    mixed = jax.eval_shape(
-        lambda p, g, r, c, s: steps.mixed(static, p, g, r, c, s), *args[1:3], rows, args[3], sampling
-    )
+    static = steps.ContextProgram(weights.skeleton, "xla")._replace(latents=chunk[-1] == 4096)
+    made = prefill_batch(*chunk)
+    _, pages = jax.eval_shape(lambda *a: steps.prefill(static, *a), weights.arrays, PAGES, made)
+    assert shapes(pages) == shapes(PAGES)
+    rows, table, sampling = decode_batch(16)
+    mixed = jax.eval_shape(lambda *a: steps.mixed(static, *a), weights.arrays, PAGES, rows, table, made, sampling)
     assert shapes(mixed) == [((16, 1), jnp.int32), *shapes(PAGES)]
 
 
@@ -155,22 +155,30 @@ def test_embedding_of_images(weights):
     args = array(padded, 588), array(padded, dtype=jnp.int32), INT
     vit = jax.eval_shape(lambda *a: steps.embed_vit(weights.skeleton, *a), weights.arrays, *args)
     assert shapes(vit) == [((padded, 3584), jnp.bfloat16)]
-    args = array(1024, 1024, 3), array(128, 128, 16), array(4096, dtype=jnp.int32)
-    vae = jax.eval_shape(lambda *a: steps.embed_vae(weights.skeleton, *a, 4096), weights.arrays, *args)
+    args = array(1024, 1024, 3), array(128, 128, 16), ints(2)
+    tokens = jax.eval_shape(lambda *a: steps.encode_image(weights.skeleton, *a, 4096), weights.arrays, *args)
+    assert shapes(tokens) == [((4096, 64), jnp.float32)]
+    args = tokens, ints(4096), ints(4096)
+    vae = jax.eval_shape(lambda *a: steps.embed_vae(weights.skeleton, *a), weights.arrays, *args)
     assert shapes(vae) == [((4096, 3584), jnp.bfloat16)]
 
 
 def test_decoding(weights):
     """The decoding program does not trace at full size."""
-    static = steps.Program(weights.skeleton, "xla")
-    rows, sampling = rows_of(16)
-    out = jax.eval_shape(lambda *a: steps.decode(static, *a), weights.arrays, PAGES, rows, sampling, INT, INT)
-    assert shapes(out) == [((16, steps.MAX_CALL), jnp.int32), *shapes(PAGES)]
+    static = steps.ContextProgram(weights.skeleton, "xla")
+    rows, *rest = decode_batch(16)
+    chosen, after, pages = jax.eval_shape(
+        lambda *a: steps.decode(static, *a), weights.arrays, PAGES, rows, *rest, INT, INT
+    )
+    assert shapes(chosen) == [((16, steps.MAX_CALL), jnp.int32)]
+    assert shapes(after) == shapes(rows)  # with which the next call goes on
+    assert shapes(pages) == shapes(PAGES)
     logits, _ = jax.eval_shape(
-        lambda p, pages, r: steps.advance(weights.skeleton.merge(p), pages, r, None, static),
+        lambda p, pages, r, t: steps.advance(weights.skeleton.merge(p), pages, r, t, None, static),
         weights.arrays,
         PAGES,
         rows,
+        rest[0],
     )
     assert (logits.shape, logits.dtype) == ((16, V), jnp.float32)
 
@@ -179,7 +187,7 @@ def test_decoding(weights):
 def test_denoising(weights, forecasting):
     """Edits at 1024 x 1024 with three branches each do not trace, or their latents change type on the way."""
     requests, rows, tokens = 2, 6, 4096
-    batch = Batch(
+    batch = DenoiseBatch(
         active=array(requests, dtype=jnp.bool_),
         step=ints(requests),
         timesteps=array(requests, MAX_STEPS),
@@ -187,8 +195,8 @@ def test_denoising(weights, forecasting):
         tokens=ints(requests),
         position_ids=ints(requests, tokens),
         text_on=array(requests, dtype=jnp.bool_),
-        text_view=ints(requests),
-        img_view=ints(requests),
+        drop_text=ints(requests),
+        drop_image=ints(requests),
         guidance=Guidance(array(requests), array(requests), ints(requests), array(requests)),
         markers=ints(2),
     )
@@ -197,20 +205,22 @@ def test_denoising(weights, forecasting):
         terms = array(requests, 3, 7, tokens, 3584, dtype=jnp.bfloat16)
         ahead = Forecasts(ints(requests, 3), array(requests, 3), array(requests, 3, dtype=jnp.bool_))
     state = DenoiseState(array(requests, tokens, 64), PAGES, terms)
-    static = Program(weights.skeleton, "xla", tokens)
-    views = Rows(ints(rows), ints(rows), ints(rows), ints(rows), ints(rows, 256))
-    out = jax.eval_shape(
+    static = DenoiseProgram(weights.skeleton, "xla", tokens)
+    views = DenoiseRows(ints(rows), ints(rows), ints(rows), ints(rows), ints(rows, 256))
+    out, ready = jax.eval_shape(
         lambda params, *a: denoise(static, params, *a), weights.arrays, state, batch, views, ahead, INT
     )
     assert shapes(out) == shapes(state)
+    assert shapes(ready) == [((requests,), jnp.int32)]
 
 
 def test_pixels(weights):
     """The decoder does not trace at 1024 x 1024, or hands out pixels in bfloat16."""
     for grid, size in (((64, 64), (1024, 1024)), ((36, 64), (576, 1024))):
         out = jax.eval_shape(
-            lambda params, tokens, grid=grid: decode_latents(weights.skeleton, params, tokens, grid),
+            lambda *args: decode_latents(weights.skeleton, *args),
             weights.arrays,
-            array(2, grid[0] * grid[1], 64),
+            array(2, *grid, 64),
+            ints(2, 2),
         )
         assert (out.shape, out.dtype) == ((2, *size, 3), jnp.float32)
