@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -29,6 +29,12 @@ def timesteps(steps: int, shift: float) -> np.ndarray:
     return np.float32(shift) * t / (np.float32(1) + np.float32(shift - 1) * t)
 
 
+def guided(t: Any, interval: tuple[float, float]) -> Any:
+    """Whether guidance is on at timesteps, lo < t <= hi in float32; of NumPy or traced."""
+    low, high = np.float32(interval[0]), np.float32(interval[1])
+    return (t > low) & (t <= high)
+
+
 def schedule(steps: int, shift: float, interval: tuple[float, float]) -> Schedule:
     """The evaluations of a request: `steps` schedule points are `steps - 1` evaluations.
 
@@ -39,6 +45,5 @@ def schedule(steps: int, shift: float, interval: tuple[float, float]) -> Schedul
     """
     points = timesteps(steps, shift)
     t, deltas = points[:-1], points[:-1] - points[1:]
-    low, high = np.float32(interval[0]), np.float32(interval[1])
     padding = (0, MAX_STEPS - len(t))
-    return Schedule(np.pad(t, padding), np.pad(deltas, padding), np.pad((t > low) & (t <= high), padding))
+    return Schedule(np.pad(t, padding), np.pad(deltas, padding), np.pad(guided(t, interval), padding))

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 
 @dataclass
-class Course:
+class TaylorState:
     """Where one branch of one request stands; on the host.
 
     Args:
@@ -64,7 +64,7 @@ class Course:
 
 
 class Forecasts(NamedTuple):
-    """What one call needs of the `Course` of every view of every request; `[Q, V]` each."""
+    """What one call needs of the `TaylorState` of every view of every request; `[Q, V]` each."""
 
     known: jax.Array  # int32
     distance: jax.Array  # float32; of a view that is forecast: from its last computed step to the call's first

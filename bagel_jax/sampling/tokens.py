@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 
-class Sampling(NamedTuple):
+class SamplingParams(NamedTuple):
     """How each of R rows chooses; all traced."""
 
     key: jax.Array  # [R, 2] uint32, threefry key of the request
@@ -18,13 +18,13 @@ class Sampling(NamedTuple):
     top_p: jax.Array  # [R]; 1: all
 
 
-def choose(logits: jax.Array, count: jax.Array, s: Sampling) -> jax.Array:
+def choose(logits: jax.Array, count: jax.Array, s: SamplingParams) -> jax.Array:
     """The next tokens.
 
     Args:
         logits: `[R, V]`.
         count: `[R]` int32, the number of each row's decoding step; with the key it gives the step's randomness.
-        s: see `Sampling`.
+        s: see `SamplingParams`.
 
     Returns:
         `[R]` int32.

@@ -7,16 +7,18 @@ import math
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 import pytest
+from denoising import ticket_of
 from jax.experimental import io_callback
 from small import model, random_image
 
 from bagel_jax.engine.denoise import steps as loop
-from bagel_jax.engine.denoise.jobs import Work
-from bagel_jax.engine.handoff import ContextKV, branches
+from bagel_jax.engine.denoise.jobs import DenoiseJob
+from bagel_jax.engine.handoff import Lease, Views
 from bagel_jax.request import Request
-from bagel_jax.sampling.taylorseer import Course, expand, update
+from bagel_jax.sampling.taylorseer import TaylorState, expand, update
 
 SETTINGS = [(3, 6, 5), (3, 2, 5), (1, 3, 2), (2, 0, 1), (4, 1, 1), (5, 3, 3), (3, 9, 2), (7, 6, 50)]
 
@@ -57,56 +59,56 @@ class Official:
 
 
 class Ours:
-    """The same with `Course`, `update` and `expand`, of a slot in which an earlier request's terms were left."""
+    """The same with `TaylorState`, `update` and `expand`, of a slot in which an earlier request's terms were left."""
 
     def __init__(self, interval: int, order: int, first: int, left: float = 0.0):
-        self.course, self.left, self.order = Course(interval, order, first), left, order
+        self.branch, self.left, self.order = TaylorState(interval, order, first), left, order
         self.terms = None
 
     def advance(self, hidden) -> tuple[bool, np.ndarray]:
-        course, hidden = self.course, jnp.asarray(hidden)
+        branch, hidden = self.branch, jnp.asarray(hidden)
         if self.terms is None:
             self.terms = jnp.full((self.order + 1, *hidden.shape), self.left)
-        computed = course.computes
+        computed = branch.computes
         if computed:
-            about = np.asarray([course.known], np.int32), np.asarray([course.distance], np.float32)
+            about = np.asarray([branch.known], np.int32), np.asarray([branch.distance], np.float32)
             self.terms = update(self.terms[None], hidden[None], *about)[0]
             out = self.terms[0]
         else:
-            out = expand(self.terms, jnp.float32(course.distance))
-        course.take()
+            out = expand(self.terms, jnp.float32(branch.distance))
+        branch.take()
         return computed, np.asarray(out)
 
 
 def test_the_official_schedule():
     """The first steps are forecast, or one is computed too early or too late after them."""
-    course = Course(interval=3, order=6, first=5)
+    branch = TaylorState(interval=3, order=6, first=5)
     computed = []
     for step in range(20):
-        if course.computes:
+        if branch.computes:
             computed.append(step)
-        course.take()
+        branch.take()
     assert computed == [0, 1, 2, 3, 4, 7, 10, 13, 16, 19]
 
 
 @pytest.mark.parametrize("how", SETTINGS)
 def test_schedule_for_other_settings(how):
     """An interval, an order or a number of first steps other than the official ones shifts the computed steps."""
-    official, course = Official(*how), Course(*how)
+    official, branch = Official(*how), TaylorState(*how)
     for _ in range(60):
         expected, _ = official.advance(np.zeros((1, 1)))
-        assert course.computes == expected
+        assert branch.computes == expected
         if expected:
             known = len(official.factors) - 1
-            assert course.known == known
-            assert course.distance == official.activated[-1] - official.activated[-2]
-        course.take()
+            assert branch.known == known
+            assert branch.distance == official.activated[-1] - official.activated[-2]
+        branch.take()
 
 
 @pytest.mark.parametrize("how", SETTINGS)
 def test_several_forecast_steps_at_once(how):
     """A call of several forecast steps leaves a request elsewhere than those steps one by one."""
-    one, many = Course(*how), Course(*how)
+    one, many = TaylorState(*how), TaylorState(*how)
     while many.step < 60:
         count = 1 if many.computes else many.steps_ahead
         assert count >= 1
@@ -202,34 +204,37 @@ def request(modality: str = "img2img", **settings):
 
 @pytest.fixture(scope="module")
 def contexts():
-    """What is known on the host of the contexts of an edit and of an image from a text, with no pages in them."""
+    """What is known on the host of the contexts of an edit and of an image from a text; there are no pages."""
     made = {}
     for modality, sizes in (("img2img", {}), ("text2img", {"height": 32, "width": 32})):
         prepared = request(modality, **sizes)
-        views, text, img = branches(prepared.plan.cond, prepared.plan.drop_text, prepared.plan.drop_image)
-        length, rope = (np.asarray([getattr(view, name) for view in views]) for name in ("length", "rope"))
-        table = np.arange(2 * len(views)).reshape(-1, 2)
-        pages = np.zeros((1, table.size, 1, 2, 64, 1))
-        made[modality] = ContextKV(pages, table, length, rope, "seer", prepared.image_size, text, img)
+        plan = prepared.plan
+        views, prefixes = Views.of("seer", prepared.image_size, (plan.cond, plan.drop_text, plan.drop_image))
+        made[modality] = Lease(None, views, [[2 * i, 2 * i + 1] for i in range(len(prefixes))])
     return made
 
 
-def calls(work: Work) -> list[tuple[int, int, tuple[int, ...], tuple[int, ...]]]:
+def job_of(prepared, lease: Lease) -> DenoiseJob:
+    """A request that has just been taken in."""
+    return DenoiseJob.create(ticket_of(prepared), lease)
+
+
+def calls(job: DenoiseJob) -> list[tuple[int, int, tuple[int, ...], tuple[int, ...]]]:
     """Of each call until a request is done: its first step, its steps, views that are on, views computed."""
     seen = []
-    while work.done < work.total:
-        count, views = work.steps_alike(), work.views_on()
-        assert 1 <= count <= work.total - work.done
-        for step in range(work.done, work.done + count):
-            assert work.views_on(step) == views
-        seen.append((work.done, count, views, work.computed(views)))
-        work.take(count)
+    while job.done < job.total:
+        count, views = job.steps_alike(), job.views_on()
+        assert 1 <= count <= job.total - job.done
+        for step in range(job.done, job.done + count):
+            assert job.views_on(step) == views
+        seen.append((job.done, count, views, job.computed(views)))
+        job.take(count)
     return seen
 
 
 def test_without_an_interval_all_views_are_computed_together(contexts):
     """Forecast steps are calls of one step each, or a call goes on over a step that must be computed."""
-    seen = calls(Work.create(request(cfg_interval=(0.0, 1.0)), contexts["img2img"]))
+    seen = calls(job_of(request(cfg_interval=(0.0, 1.0)), contexts["img2img"]))
     computed = [first for first, _, _, views in seen if views]
     assert computed == [0, 1, 2, 3, 4, 7, 10, 13, 16, 19]
     assert all(views == (0, 1, 2) and mine in ((), views) for _, _, views, mine in seen)
@@ -239,15 +244,15 @@ def test_without_an_interval_all_views_are_computed_together(contexts):
 def test_computed_views_equal_the_official_branches(contexts):
     """A branch that is off outside the interval counts on meanwhile; officially it stands still."""
     for interval in ((0.4, 1.0), (0.3, 0.8), (0.55, 0.56), (0.0, 0.5)):
-        work = Work.create(request(cfg_interval=interval), contexts["img2img"])
+        job = job_of(request(cfg_interval=interval), contexts["img2img"])
         official = {view: Official(3, 6, 5) for view in range(3)}
         expected = {}
-        for step in range(work.total):
-            on = work.views_on(step)
-            assert on == ((0, 1, 2) if work.schedule.guided[step] else (0,))
+        for step in range(job.total):
+            on = job.views_on(step)
+            assert on == ((0, 1, 2) if job.schedule.guided[step] else (0,))
             expected[step] = tuple(view for view in on if official[view].advance(np.zeros((1, 1)))[0])
         got = {}
-        for first, count, _, mine in calls(work):
+        for first, count, _, mine in calls(job):
             got |= dict.fromkeys(range(first, first + count), mine)
             assert count == 1 or not mine
         assert got == expected
@@ -255,12 +260,12 @@ def test_computed_views_equal_the_official_branches(contexts):
 
 def test_without_taylorseer_calls_end_with_the_interval(contexts):
     """Steps in and out of the interval are one call, all with guidance or all without."""
-    work = Work.create(request(taylorseer=False, cfg_interval=(0.4, 0.8)), contexts["img2img"])
-    guided = work.schedule.guided[:20]
+    job = job_of(request(taylorseer=False, cfg_interval=(0.4, 0.8)), contexts["img2img"])
+    guided = job.schedule.guided[:20]
     begins, ends = int(guided.argmax()), int(guided.argmax() + guided.sum())
     assert 0 < begins < ends < 20
     on = (0, 1, 2)
-    assert calls(work) == [
+    assert calls(job) == [
         (0, begins, (0,), (0,)),
         (begins, ends - begins, on, on),
         (ends, 20 - ends, (0,), (0,)),
@@ -270,18 +275,19 @@ def test_without_taylorseer_calls_end_with_the_interval(contexts):
 def test_a_branch_that_begins_later_has_a_view_of_its_own(contexts):
     """Text to image: the branch without images sees what the full one does, but is forecast at other steps."""
     context = contexts["text2img"]
-    assert (len(context.length), context.text_view, context.img_view) == (2, 1, 0)
+    seen = context.views
+    assert (len(seen.length), seen.drop_text, seen.drop_image) == (2, 1, 0)
     late = {"height": 32, "width": 32, "cfg_interval": (0.0, 0.8), "cfg_img_scale": 2.0}
-    work = Work.create(request("text2img", **late), context)
-    assert work.views == (0, 1, 2)
-    shown = np.asarray([0, context.text_view, context.img_view])
-    for name in ("length", "rope", "page_table"):
-        np.testing.assert_array_equal(getattr(work.context, name), np.asarray(getattr(context, name))[shown])
-    assert len(work.length) == len(work.rope) == 3
-    seen = calls(work)
+    job = job_of(request("text2img", **late), context)
+    assert job.views == (0, 1, 2)
+    shown = [0, seen.drop_text, seen.drop_image]
+    np.testing.assert_array_equal(job.length, seen.length[shown])
+    np.testing.assert_array_equal(job.rope, seen.rope[shown])
+    assert job.view_pages == [context.view_pages[view] for view in shown]
+    seen = calls(job)
     main = [first for first, _, _, mine in seen if 0 in mine]
     img = [first for first, _, _, mine in seen if 2 in mine]
-    begins = int(work.schedule.guided.argmax())
+    begins = int(job.schedule.guided.argmax())
     assert begins > 0
     assert main == [0, 1, 2, 3, 4, 7, 10, 13, 16, 19]
     assert img == [step for step in (begins + x for x in (0, 1, 2, 3, 4, 7, 10, 13, 16, 19)) if step < 20]
@@ -291,17 +297,16 @@ def test_a_branch_that_begins_later_has_a_view_of_its_own(contexts):
 def test_equal_views_are_shared_where_they_can_be(contexts, settings):
     """Branches that see the same are computed twice although they are at the same step."""
     settings = {"height": 32, "width": 32, "cfg_img_scale": 2.0} | settings
-    work = Work.create(request("text2img", **settings), contexts["text2img"])
-    assert work.views == (0, 1, 0)
-    assert all(len(views) <= 2 for _, _, views, _ in calls(work))
+    job = job_of(request("text2img", **settings), contexts["text2img"])
+    assert job.views == (0, 1, 0)
+    assert all(len(views) <= 2 for _, _, views, _ in calls(job))
 
 
 def test_restart(contexts):
     """After a device error a request goes on with the counts of the steps that were lost."""
-    work = Work.create(request(), contexts["img2img"])
-    before = calls(work)
-    work.restart()
-    assert calls(work) == before
+    ticket = ticket_of(request())
+    before = calls(DenoiseJob.create(ticket, contexts["img2img"]))
+    assert calls(DenoiseJob.create(ticket, contexts["img2img"])) == before
 
 
 def test_forecast_images_equal_the_official_formulas(monkeypatch):
@@ -310,7 +315,7 @@ def test_forecast_images_equal_the_official_formulas(monkeypatch):
     forecast = request(steps=9, cfg_interval=(0.0, 0.9), timestep_shift=2.0, **how)
     ours = model().run(forecast)
     off = dataclasses.replace(
-        forecast.request, settings=dataclasses.replace(forecast.request.settings, taylorseer=False)
+        forecast.request, settings=msgspec.structs.replace(forecast.request.settings, taylorseer=False)
     )
     official, real, evaluations = [Official(3, 2, 2) for _ in range(3)], loop.rows_hidden, []
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bagel_jax.sampling.tokens import Sampling, choose
+from bagel_jax.sampling.tokens import SamplingParams, choose
 
 choose = jax.jit(choose)
 
@@ -20,7 +20,7 @@ def sampling(rows=1, *, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, see
     def column(value, dtype):
         return jnp.broadcast_to(jnp.asarray(value, dtype), (rows,))
 
-    return Sampling(
+    return SamplingParams(
         keys,
         column(do_sample, bool),
         column(temperature, jnp.float32),

@@ -12,9 +12,13 @@ The mask is one integer a query: a query sees the keys `[0, kv_end)` of its sequ
     1 1  | 1 1 1 | 1     kv_end = 6
 
 So no length of a sequence is needed beside it: what lies behind the largest `kv_end` is never looked at.
+
+Gradients (in reverse) with respect to queries and pages are computed by XLA, whatever the backend.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -66,11 +70,11 @@ def paged_attention(
     else:
         chosen = _backend(backend, q, pages)
         tiling = chosen.prefill_tiling(q, pages, page_table.shape[0])
-        where = ragged(query_offsets, q.shape[0], tiling.block_q)
-        padded_q = jnp.pad(q, ((0, 1), (0, 0), (0, 0)))[where.query]
-        padded_end = jnp.pad(kv_end, (0, 1))[where.query]
-        out, lse = _tiled(padded_q, pages, layer, page_table, where.sequence, padded_end, tiling, chosen.attend)
-        out, lse = out[where.tile, where.slot], lse[where.tile, where.slot]
+        cut = ragged(query_offsets, q.shape[0], tiling.block_q)
+        padded_q = jnp.pad(q, ((0, 1), (0, 0), (0, 0)))[cut.query]
+        padded_end = jnp.pad(kv_end, (0, 1))[cut.query]
+        out, lse = _tiled(padded_q, pages, layer, page_table, cut.sequence, padded_end, tiling, chosen.attend)
+        out, lse = out[cut.tile, cut.slot], lse[cut.tile, cut.slot]
     return _finish(q, out, lse, kv_end, return_lse)
 
 
@@ -141,13 +145,31 @@ def _tiled(q, pages, layer, page_table, sequence, kv_end, tiling: Tiling, attend
     if tiling.splits > 1:
         what = split(what, tiling.splits, page_size(pages))
         q = jnp.repeat(q, tiling.splits, axis=0)
-    out, lse = attend(q, pages, layer, page_table, what)
+    out, lse = _differentiable(attend, q, pages, layer, page_table, what)
     if tiling.splits > 1:
         out, lse = (x.reshape(num_tiles, tiling.splits, *x.shape[1:]) for x in (out, lse))
         out, lse = merge(out.astype(jnp.float32), lse, axis=1)
     out = out[:, :, :rows].reshape(num_tiles, groups, block_q, a_group, width).transpose(0, 2, 1, 3, 4)
     lse = lse[:, :, :rows].reshape(num_tiles, groups, block_q, a_group).transpose(0, 2, 1, 3)
     return out.reshape(num_tiles, block_q, heads, width), lse.reshape(num_tiles, block_q, heads)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _differentiable(attend, q, pages, layer, page_table, what):
+    """A backend's attention of tiles; a kernel has no gradient of its own, nor has a loop of any number of rounds."""
+    return attend(q, pages, layer, page_table, what)
+
+
+def _forward(attend, *arguments):
+    out, lse = attend(*arguments)
+    return (out, lse), (*arguments, out, lse)
+
+
+def _backward(attend, saved, cotangents):
+    return *xla.gradients(*saved, *cotangents), None, None, None
+
+
+_differentiable.defvjp(_forward, _backward)
 
 
 def _finish(q, out, lse, kv_end, return_lse):

@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from bagel_jax.pallas.paged_attention.pages import page_size
 from bagel_jax.pallas.paged_attention.tiles import Backend, Tiles, Tiling
@@ -65,6 +64,8 @@ def _decode_tiling(q, pages) -> Tiling:
 
 def attend(q, pages, layer, page_table, tiles: Tiles, *, interpret=None, plan: _Plan | None = None):
     """See `tiles.Backend.attend`; the output is float32 for one query a tile, which may be split, else of q's dtype."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu  # late: half a second, wanted on these GPUs alone
+
     num_tiles, groups, rows, width = q.shape
     _, num_pages, kv_heads, _, page, _ = pages.shape
     plan = plan or (_PREFILL if rows == _PREFILL.warpgroups * _ROWS else _DECODE)
@@ -130,6 +131,8 @@ def _kernel(
     q, out `[N, J, M, E]`, pages `[L P K 2, page, E]`, row `[R, n]` where a page begins in them, scalars `[N, 4]`,
     kv_end `[N, 64 warpgroups]`, lse `[N, J, M]`, all in GPU memory.
     """
+    from jax.experimental.pallas import mosaic_gpu as plgpu  # late: as in `attend`
+
     _, groups, rows, width = q.shape
     page = pages.shape[1]
     tile, group, warpgroup = (lax.axis_index(name) for name in ("tile", "group", "warpgroup"))
@@ -171,9 +174,9 @@ def _kernel(
         if plan.warpgroups > 1:
             plgpu.set_max_registers(232, action="increase")
         a_part = min(rows, _ROWS)
-        mine = tile, group, pl.ds(warpgroup * _ROWS, a_part)
+        own = tile, group, pl.ds(warpgroup * _ROWS, a_part)
         q_mine = q_smem.at[warpgroup]
-        plgpu.copy_gmem_to_smem(q.at[mine], q_mine.at[pl.ds(0, a_part)], q_ready.at[warpgroup])
+        plgpu.copy_gmem_to_smem(q.at[own], q_mine.at[pl.ds(0, a_part)], q_ready.at[warpgroup])
         ends = kv_end.at[tile, pl.ds(warpgroup * _ROWS, _ROWS)]
         plgpu.copy_gmem_to_smem(ends, end_smem.at[warpgroup], q_ready.at[warpgroup])
         plgpu.barrier_wait(q_ready.at[warpgroup])
@@ -265,6 +268,6 @@ def _kernel(
         out_mine[...] = (total / across(safe, width)).astype(out.dtype)
         lse_smem[warpgroup] = jnp.where(some, highest * math.log(2) + jnp.log(safe), -jnp.inf)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(out_mine.at[pl.ds(0, a_part)], out.at[mine])
-        plgpu.copy_smem_to_gmem(lse_smem.at[warpgroup, pl.ds(0, a_part)], lse.at[mine])
+        plgpu.copy_smem_to_gmem(out_mine.at[pl.ds(0, a_part)], out.at[own])
+        plgpu.copy_smem_to_gmem(lse_smem.at[warpgroup, pl.ds(0, a_part)], lse.at[own])
         plgpu.wait_smem_to_gmem(0)

@@ -46,6 +46,15 @@ def read(pages: jax.Array, layer: jax.Array, numbers: jax.Array) -> tuple[jax.Ar
     return k, v
 
 
+def add(pages: jax.Array, layer: jax.Array, numbers: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Pages with `k` and `v` `[N, K, n page, E]` added to those that `read` reads them from."""
+    head = jnp.arange(pages.shape[2])[None, :, None]
+    for which, x in enumerate((k, v)):
+        x = x.reshape(*x.shape[:2], numbers.shape[1], -1, x.shape[-1])
+        pages = pages.at[layer, numbers[:, None], head, which].add(x.astype(pages.dtype))
+    return pages
+
+
 def take_pages(pages: jax.Array, numbers: jax.Array) -> jax.Array:
     """The pages `numbers` `[n]` in all layers, `[L, n, K, 2, page, E]`."""
     return pages[:, numbers]

@@ -11,7 +11,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from bagel_jax.pallas.paged_attention.pages import page_size, read
+from bagel_jax.pallas.paged_attention.pages import add, page_size, read
 from bagel_jax.pallas.paged_attention.tiles import Backend, Tiles, Tiling
 
 _BLOCK = 256  # keys at a time
@@ -51,18 +51,13 @@ def attend_tiles(q, pages, layer, page_table, tiles: Tiles) -> tuple[jax.Array, 
 
 
 def _attend(pages, layer, page_table, q, tiles: Tiles):
-    size = page_size(pages)
-    a_block = max(1, _BLOCK // size)  # pages
-    keys = a_block * size
-    table = jnp.pad(page_table, ((0, 0), (0, -page_table.shape[1] % a_block)))
-    exact = jax.lax.Precision.HIGHEST if q.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+    keys, numbers_of = _blocks(pages, page_table)
     scale = q.shape[-1] ** -0.5
-    einsum = partial(jnp.einsum, precision=exact, preferred_element_type=jnp.float32)
+    einsum = _einsum(q.dtype)
 
     def step(block, carry):
         highest, total, out = carry
-        numbers = jax.lax.dynamic_slice_in_dim(table, block * a_block, a_block, axis=1)[tiles.sequence]
-        k, v = read(pages, layer, numbers)
+        k, v = read(pages, layer, numbers_of(block)[tiles.sequence])
         place = block * keys + jnp.arange(keys)
         scores = einsum("nkme,nkse->nkms", q, k)  # not scaled: in the exponents below that costs nothing
         seen = ((place < tiles.kv_end[:, :, None]) & (place >= tiles.start[:, None, None]))[:, None]
@@ -82,3 +77,61 @@ def _attend(pages, layer, page_table, q, tiles: Tiles):
     highest, total, out = jax.lax.fori_loop(first, last, step, zero)
     lse = jnp.where(total == 0, -jnp.inf, highest * scale + jnp.log(total))
     return out / jnp.where(total == 0, 1, total)[..., None], lse
+
+
+def gradients(q, pages, layer, page_table, tiles: Tiles, out, lse, out_bar, lse_bar) -> tuple[jax.Array, jax.Array]:
+    """The gradients of any backend's `attend`, by scores computed again block by block from the log-sum-exp.
+
+    Args:
+        q, pages, layer, page_table, tiles: what it was called with.
+        out, lse: what it returned.
+        out_bar, lse_bar: the gradients with respect to that.
+
+    Returns:
+        Those with respect to `q` and `pages`.
+
+    Source: algorithm 4 of Dao, "FlashAttention-2"; the log-sum-exp's own gradient is one more term.
+    """
+    keys, numbers_of = _blocks(pages, page_table)
+    shape, scale = (q.shape[0], pages.shape[2], -1), q.shape[-1] ** -0.5
+    a_group = q.shape[1] // pages.shape[2]  # tiles may have a group for each query head
+    kv_end = jnp.tile(tiles.kv_end, (1, a_group))[:, None, :, None]
+    einsum = _einsum(q.dtype)
+    rows, out, out_bar = (x.reshape(*shape, q.shape[-1]).astype(jnp.float32) for x in (q, out, out_bar))
+    own = lse_bar.reshape(shape) - (out * out_bar).sum(axis=-1)
+    lse = lse.reshape(shape)
+
+    def step(block, carry):
+        rows_bar, pages_bar = carry
+        numbers = numbers_of(block)[tiles.sequence]
+        place = block * keys + jnp.arange(keys)
+        live = (place < tiles.stop[:, None])[:, None, :, None]  # beyond, a page may hold anything, NaN included
+        k, v = (jnp.where(live, x.astype(jnp.float32), 0) for x in read(pages, layer, numbers))
+        seen = (place < kv_end) & (place >= tiles.start[:, None, None, None])
+        weights = jnp.where(seen, jnp.exp(einsum("nkme,nkse->nkms", rows, k) * scale - lse[..., None]), 0)
+        change = einsum("nkme,nkse->nkms", out_bar, v) + own[..., None]
+        scores_bar = jnp.where(seen, weights * change, 0) * scale
+        k_bar = einsum("nkms,nkme->nkse", scores_bar, rows)
+        v_bar = einsum("nkms,nkme->nkse", weights, out_bar)
+        return rows_bar + einsum("nkms,nkse->nkme", scores_bar, k), add(pages_bar, layer, numbers, k_bar, v_bar)
+
+    first, last = tiles.start.min() // keys, -(-tiles.stop.max() // keys)
+    zero = jnp.zeros_like(rows), jnp.zeros(pages.shape, jnp.float32)
+    rows_bar, pages_bar = jax.lax.fori_loop(first, last, step, zero)
+    return rows_bar.reshape(q.shape).astype(q.dtype), pages_bar.astype(pages.dtype)
+
+
+def _blocks(pages, page_table):
+    """Keys of a block, and what gives the pages `[R, n]` of a block by its number."""
+    a_block = max(1, _BLOCK // page_size(pages))  # pages
+    table = jnp.pad(page_table, ((0, 0), (0, -page_table.shape[1] % a_block)))
+
+    def numbers_of(block):
+        return jax.lax.dynamic_slice_in_dim(table, block * a_block, a_block, axis=1)
+
+    return a_block * page_size(pages), numbers_of
+
+
+def _einsum(dtype):
+    exact = jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+    return partial(jnp.einsum, precision=exact, preferred_element_type=jnp.float32)
