@@ -13,15 +13,18 @@ from tqdm import tqdm
 from bagel_jax.checkpoint.export import export, stored_arrays
 from bagel_jax.checkpoint.source import ModelSource
 from bagel_jax.errors import InputError
-from bagel_jax.models.weights import flatten
-from bagel_jax.train.result import is_run, trained
+from bagel_jax.train.config import is_run
+from bagel_jax.train.packages import check_packages
 
 
 def _model(source: Path):
     """Parameters by path, sizes, and the folder of the tokenizer."""
     if is_run(source):
-        weights, start = trained(source)
-        return flatten(weights.params), start.config, start.tokenizer_folder
+        check_packages()
+        from bagel_jax.train.result import trained  # late: a plain checkpoint is written without training's packages
+
+        params, start = trained(source)
+        return params, start.config, start.tokenizer_folder
     model = ModelSource.open(source)
     return stored_arrays(model), model.config, source
 

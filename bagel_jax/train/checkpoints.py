@@ -66,13 +66,13 @@ class TrainCheckpoints:
         stored = {name: tuple(array.shape) for name, array in self._stored()["trainable"].items()}
         for name in sorted(stored | wanted):
             if stored.get(name) != wanted.get(name):
-                theirs, ours = (
+                saved, trained = (
                     f"with shape {list(shapes[name])}" if name in shapes else "not at all"
                     for shapes in (stored, wanted)
                 )
                 raise InputError(
-                    f"the training checkpoint {self.latest} in {self._manager.directory} has {name} {theirs}, and this "
-                    f"configuration trains it {ours}; use another output folder"
+                    f"the training checkpoint {self.latest} in {self._manager.directory} has {name} {saved}, and this "
+                    f"configuration trains it {trained}; use another output folder"
                 )
 
     def _stored(self) -> Any:

@@ -135,7 +135,7 @@ class Sampler:
         c = self.config
         return lay_out(
             parts,
-            (self.tokenizer.vision_start, self.tokenizer.vision_end),
+            self.tokenizer.special.markers,
             patch_dim=c.vit.channels * c.vit.patch_size**2,
             latent_dim=c.latent_dim,
             ce_power=o.ce_power,

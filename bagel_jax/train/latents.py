@@ -119,7 +119,8 @@ def encode_images(
 
 
 def _fingerprint(weights: Weights, config: BagelConfig) -> str:
-    digest = hashlib.sha256(repr(config.vae_transform).encode())  # images are resized before they are encoded
+    # Images are turned upright and resized before they are encoded; what was encoded lying is another's.
+    digest = hashlib.sha256(f"upright {config.vae_transform!r}".encode())
     for name, array in sorted(flatten(weights.params).items()):
         if name.startswith("autoencoder.encoder"):
             digest.update(name.encode() + np.asarray(array, np.float32).tobytes())

@@ -20,7 +20,7 @@ from bagel_jax.placement.mesh import make_mesh
 from bagel_jax.placement.rules import by_rows, replicated, rows, sharding
 from bagel_jax.train.autoencoder import autoencoder_loss
 from bagel_jax.train.checkpoints import TrainCheckpoints
-from bagel_jax.train.config import TrainConfig
+from bagel_jax.train.config import CHECKPOINTS, CONFIG_COPY, TrainConfig
 from bagel_jax.train.data import Cropper, Records, Sampler, mixture, packed_rows, prefetched
 from bagel_jax.train.latents import encode_images
 from bagel_jax.train.lora import merge_adapters
@@ -31,10 +31,13 @@ from bagel_jax.train.packing import Batch
 from bagel_jax.train.start import Start, make_start
 from bagel_jax.train.step import LossFunction, Params, TrainState, make_step
 
-CONFIG_COPY, CHECKPOINTS = "config.toml", "checkpoints"
-
 
 def train(c: TrainConfig, config_file: Path, *, quiet: bool = False) -> TrainState:
+    """`run`, for whoever wants the last state alone."""
+    return run(c, config_file, quiet=quiet)[1]
+
+
+def run(c: TrainConfig, config_file: Path, *, quiet: bool = False) -> tuple[Start, TrainState]:
     """Runs a configuration to its end, from its latest checkpoint if it has one.
 
     Args:
@@ -43,7 +46,7 @@ def train(c: TrainConfig, config_file: Path, *, quiet: bool = False) -> TrainSta
         quiet: no progress bars.
 
     Returns:
-        The last state.
+        What it started from, without what was trained, and the last state.
 
     Raises:
         InputError: something that the configuration names is not there or does not fit.
@@ -94,7 +97,7 @@ def train(c: TrainConfig, config_file: Path, *, quiet: bool = False) -> TrainSta
     finally:
         metrics.close()
         checkpoints.close()
-    return state
+    return start, state
 
 
 def make_batches(c: TrainConfig, start: Start, *, quiet: bool = False) -> grain.IterDataset:

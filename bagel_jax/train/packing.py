@@ -16,6 +16,7 @@ import jax
 import numpy as np
 
 from bagel_jax.layout import (
+    NUM_MARKERS,
     TEXT,
     VAE,
     VIT,
@@ -130,7 +131,7 @@ def lay_out(
 
 def _learned(part: Part, ce_power: float) -> tuple[np.ndarray, np.ndarray]:
     """Label and weight of each text token or marker of a segment, in order."""
-    count = len(part.ids) if isinstance(part, TextPart) else 0 if isinstance(part, Gap) else 2
+    count = len(part.ids) if isinstance(part, TextPart) else 0 if isinstance(part, Gap) else NUM_MARKERS
     labels, weights = np.full(count, -1, np.int32), np.zeros(count, np.float32)
     if isinstance(part, TextPart) and part.loss:
         labels[:-1] = part.ids[1:]

@@ -37,6 +37,7 @@ class Start:
     tokenizer_folder: Path
     trainable: Params
     frozen: Params
+    rounded: bool  # `frozen` does not hold all bits of what it was made from
 
     def weights(self) -> Weights:
         """All parameters as they stood before training, without adapters."""
@@ -74,8 +75,14 @@ def make_start(c: TrainConfig, mesh: Mesh, frozen_dtype=jnp.float32) -> Start:
     if c.lora is not None:
         adapters = init_adapters(c.lora, params, c.seed)
         trainable = {k: jax.device_put(v, place(k, v.shape)) for k, v in adapters.items()}
-    frozen = {k: v if k.startswith("autoencoder.") else v.astype(frozen_dtype) for k, v in params.items()}
-    return Start(config, tokenizer, folder, trainable, frozen)
+    frozen: Params = {}
+    rounded = False
+    for path in list(params):
+        array = params.pop(path)
+        frozen[path] = array if path.startswith("autoencoder.") else array.astype(frozen_dtype)
+        if not rounded and frozen[path].dtype != array.dtype:
+            rounded = not bool(jnp.array_equal(frozen[path].astype(array.dtype), array, equal_nan=True))
+    return Start(config, tokenizer, folder, trainable, frozen, rounded)
 
 
 def trainable_paths(c: TrainConfig, shapes: dict[str, tuple[int, ...]]) -> set[str]:

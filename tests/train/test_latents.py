@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from small import lying
 from training import TINY, draw_images, random_image, tiny_weights
 
 from bagel_jax.errors import InputError
@@ -75,6 +76,16 @@ def test_a_worker_gets_it_without_the_files(tmp_path, paths):
     np.testing.assert_array_equal(pickle.loads(sent).read(paths[1])[0], mean)
 
 
+def test_photos_are_encoded_upright(tmp_path):
+    """A phone's photo is learned lying, while it is understood upright."""
+    image = random_image(width=32, height=16)
+    image.save(tmp_path / "upright.png")
+    paths = [str(tmp_path / "upright.png"), *map(str, lying(tmp_path, image))]
+    store = encode(paths, tmp_path / "cache")
+    for path in paths[1:]:
+        np.testing.assert_array_equal(store.read(path)[0], store.read(paths[0])[0])
+
+
 def test_each_image_is_encoded_once(tmp_path, paths, encoded):
     """Every start of a run encodes everything anew, or none of what has changed since."""
     encode(paths[:2], tmp_path / "cache")
@@ -124,7 +135,7 @@ def test_an_interrupted_run_leaves_no_half_written_index(tmp_path, paths, monkey
         np.testing.assert_allclose(store.read(path)[0], expected(path)[0], rtol=1e-3, atol=1e-3)
 
 
-def test_an_image_that_cannot_be_read_is_named(tmp_path, paths):
+def test_a_image_that_cannot_be_read_is_named(tmp_path, paths):
     """One bad file among a million ends in a traceback without its name."""
     with pytest.raises(InputError, match=r"nothing\.png does not exist"):
         encode([paths[0], str(tmp_path / "nothing.png")], tmp_path / "cache")

@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from commands import script_runner
 from PIL import Image
+from small import TOKENIZER
 from training import TINY, tiny_checkpoint, tiny_weights, write_config
 
 from bagel_jax.bagel import Bagel
+from bagel_jax.checkpoint.export import export
 from bagel_jax.checkpoint.source import ModelSource
 from bagel_jax.errors import InputError
 from bagel_jax.inputs.images import prepare_image
 from bagel_jax.models.weights import fill, flatten
 from bagel_jax.train import __main__ as command
+from bagel_jax.train.checkpoints import TrainCheckpoints
+from bagel_jax.train.config import is_run
 from bagel_jax.train.loop import train
 from bagel_jax.train.lora import adapted
-from bagel_jax.train.result import export_run, is_run, trained
+from bagel_jax.train.metrics import Metrics
+from bagel_jax.train.result import export_run, trained
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "export_weights.py"
 
 
 def loaded(folder):
@@ -93,7 +102,8 @@ def test_the_command_trains_and_exports(six_steps, tmp_path, start, capsys):
     assert set(adapted(c.lora)) == names
     average = train(c, path, quiet=True).ema  # at its end already
     for name in names:
-        product = np.asarray(average[f"{name}.lora_a"], np.float64) @ np.asarray(average[f"{name}.lora_b"], np.float64)
+        a, b = (np.asarray(average[f"{name}.lora_{i}"], np.float64) for i in "ab")
+        product = np.einsum("lir,lr...->li...", a, b)
         np.testing.assert_allclose(ours[name], start[name] + 3 * product, rtol=1e-5, atol=1e-6)
 
 
@@ -114,6 +124,62 @@ def test_an_autoencoders_export_has_latents_of_unit_variance(tmp_path, start):
     latents, images = both_ways(ours)
     np.testing.assert_allclose(np.std(latents, axis=(0, 1, 2)), 1, rtol=5e-3)
     np.testing.assert_allclose(images, both_ways(start | state.ema)[1], rtol=1e-2, atol=1e-2)
+
+
+LORA = {"lora": {"rank": 2, "alpha": 6.0, "projections": ["q", "down"], "experts": ["gen"]}}
+RUNS = {
+    "all": {},
+    "frozen": {"model": {"freeze": ["vit", "und_expert"]}},
+    "adapters": LORA,
+    "adapters, half precision": LORA | {"run": {"steps": 2, "dtype": "bfloat16"}},
+    "autoencoder": {"objective": {"kind": "autoencoder"}},
+}
+
+
+@pytest.mark.parametrize("name", ["frozen", *(pytest.param(x, marks=pytest.mark.slow) for x in RUNS if x != "frozen")])
+def test_nothing_is_read_again_to_export(tmp_path, monkeypatch, capsys, name):
+    """Training ends with minutes of reading what is in memory already, or exports other weights than it saved."""
+    start = tmp_path / "start"
+    # In half precision as it would be published, so that nothing is lost where the run computes in it.
+    export(tiny_weights(), TINY, TOKENIZER, start, jnp.bfloat16)
+    changes = {"run": {"steps": 2}} | RUNS[name]
+    changes["model"] = {"start": str(start)} | changes.get("model", {})
+    _, path = write_config(tmp_path, **changes)
+    close = Metrics.close
+
+    def and_hide(metrics):  # called when training ends
+        close(metrics)
+        for file in start.glob("*.safetensors"):
+            file.rename(file.with_suffix(".hidden"))
+
+    with monkeypatch.context() as m:
+        m.setattr(Metrics, "close", and_hide)
+        m.setattr(TrainCheckpoints, "restore", lambda *_: pytest.fail("a training checkpoint was read"))
+        m.setattr(TrainCheckpoints, "restore_average", lambda *_: pytest.fail("a training checkpoint was read"))
+        assert command.main([str(path), "--quiet"]) == 0
+    for file in start.glob("*.hidden"):
+        file.rename(file.with_suffix(".safetensors"))
+    assert_as_the_script_writes(tmp_path, monkeypatch, capsys)
+
+
+def assert_as_the_script_writes(folder, monkeypatch, capsys):
+    """The run in a folder has exported what `scripts/export_weights.py` reads from its checkpoint."""
+    script = script_runner(SCRIPT, monkeypatch, capsys)
+    assert script(folder / "run", folder / "again")[0] == 0
+    ours, theirs = folder / "run" / "export", folder / "again"
+    assert {file.name for file in ours.iterdir()} == {file.name for file in theirs.iterdir()}
+    for file in ours.iterdir():
+        assert file.read_bytes() == (theirs / file.name).read_bytes(), file.name
+
+
+@pytest.mark.slow
+def test_what_was_frozen_is_exported_with_all_its_bits(tmp_path, monkeypatch, capsys, start):
+    """A run that computes in half precision rounds weights that it never trained."""
+    _, path = write_config(tmp_path, **LORA, run={"steps": 2, "dtype": "bfloat16"})
+    assert command.main([str(path), "--quiet"]) == 0
+    assert_as_the_script_writes(tmp_path, monkeypatch, capsys)
+    ours, _ = loaded(tmp_path / "run" / "export")
+    np.testing.assert_array_equal(ours["trunk.embed.embedding"], start["trunk.embed.embedding"])
 
 
 def test_what_is_a_run(six_steps, tmp_path):

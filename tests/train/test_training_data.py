@@ -10,13 +10,13 @@ from pathlib import Path
 import grain
 import numpy as np
 import pytest
-from small import TOKENIZER
+from small import TOKENIZER, lying, random_image
 from training import TINY, draw_images, write_data, write_records
 
 from bagel_jax.errors import InputError
 from bagel_jax.inputs.tokenizer import Tokenizer
 from bagel_jax.train.config import DataTable, ObjectiveTable, SourceTable
-from bagel_jax.train.data import Cropper, Records, Sampler, mixture, packed_rows, prefetched
+from bagel_jax.train.data import Cropper, Records, Sampler, mixture, packed_rows, prefetched, read_image
 
 
 class Latents:
@@ -45,7 +45,7 @@ def drawn(sampler, record, count=200):
 def texts(sample) -> list[str]:
     """The texts in a sample, without markers of images."""
     ids = [i for i in sample["text"][:, 0].tolist() if i not in (tokenizer().vision_start, tokenizer().vision_end)]
-    joined = tokenizer()._tokenizer.decode(ids)
+    joined = tokenizer().piece(ids)
     return [part.removeprefix("<|im_start|>") for part in joined.split("<|im_end|>") if part]
 
 
@@ -191,7 +191,7 @@ def test_dropout_is_of_conditions(names):
     assert seen["all"] / 600 == pytest.approx(0.03, abs=0.025)  # each on its own
 
 
-def test_an_image_left_out_keeps_its_position(names):
+def test_a_image_left_out_keeps_its_position(names):
     """Without its image, an edit stands elsewhere than the engine's guidance branches put it."""
 
     def rope_of_target(**objective):
@@ -321,7 +321,7 @@ def test_workers(tmp_path):
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_an_image_that_is_gone_is_named(tmp_path, workers):
+def test_a_image_that_is_gone_is_named(tmp_path, workers):
     """An image that goes missing ends in a traceback of the reader's, without its name."""
     batches = iter(rows_of(tmp_path, workers=workers, weights=(1e-6, 1.0)))
     for path in tmp_path.glob("*.png"):
@@ -329,6 +329,17 @@ def test_an_image_that_is_gone_is_named(tmp_path, workers):
     with pytest.raises(InputError, match=r"image .*\.png does not exist") as raised:
         take(batches, 5)
     assert "\n" not in str(raised.value)
+
+
+def test_photos_are_learned_upright(tmp_path):
+    """The model learns from a phone's photos that people stand on walls."""
+    image = random_image(width=16, height=8)
+    image.save(tmp_path / "upright.png")
+    expected = read_image(str(tmp_path / "upright.png"), TINY)
+    for path in lying(tmp_path, image):
+        got = read_image(str(path), TINY)
+        assert np.array_equal(got.vae_pixels, expected.vae_pixels), path
+        assert np.array_equal(got.vit_patches, expected.vit_patches), path
 
 
 def test_crops(tmp_path):
