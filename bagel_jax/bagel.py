@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import queue
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -17,18 +18,22 @@ from bagel_jax.checkpoint.source import ModelSource
 from bagel_jax.config import BagelConfig
 from bagel_jax.demo.example import MODEL
 from bagel_jax.engine.core import Engine
-from bagel_jax.engine.handle import Done, Handle, Progress, TextDelta
+from bagel_jax.engine.drivers.threads import ThreadDriver
+from bagel_jax.engine.handle import Handle
 from bagel_jax.engine.handoff import ContextKV
+from bagel_jax.engine.precompile import precompile
 from bagel_jax.engine.session import Session
+from bagel_jax.engine.ticket import Done, Event, Progress, TextDelta
 from bagel_jax.errors import InputError
-from bagel_jax.inputs.prepare import Prepared, prepare
+from bagel_jax.functional import Definition
+from bagel_jax.inputs.prepare import Prepared, check, prepare
 from bagel_jax.inputs.tokenizer import Tokenizer
 from bagel_jax.models.weights import Weights
-from bagel_jax.placement.mesh import stage_devices
-from bagel_jax.request import Request, Result
-from bagel_jax.settings import ServingSettings
+from bagel_jax.placement.placement import Placement, stage_placements
+from bagel_jax.request import Request, Result, image_size
+from bagel_jax.settings import EngineConfig
 
-# Called as report(phase, done, total); phase is "load", "decode" or "denoise". done = 0 comes before the work.
+# Called as report(phase, done, total); phase is "load", "compile", "decode" or "denoise". done = 0 comes before work.
 Report = Callable[[str, int, int], None]
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -59,30 +64,34 @@ class Bagel:
     """A BAGEL model that answers requests.
 
     `Bagel.load(DIR)` is the usual way; `Bagel.open(DIR)` reads and checks everything but the weights, so that bad
-    requests can be found with `prepare` before the weights are loaded.
+    requests can be found with `check` before the weights are loaded.
     """
 
-    def __init__(self, source: ModelSource, dtype: str = "auto", settings: ServingSettings | None = None):
+    def __init__(self, source: ModelSource, dtype: str = "auto", settings: EngineConfig | None = None):
         keep_compiled_programs()
         self.dtype = resolve_dtype(dtype)
         self.config: BagelConfig = source.config
         self.tokenizer = Tokenizer(source.directory)
-        markers = self.tokenizer.vision_start, self.tokenizer.vision_end
+        markers = self.tokenizer.special.markers
         if max(markers) >= self.config.trunk.vocab_size:
             raise InputError(
                 f"the tokenizer in {source.directory} has token {max(markers)}, but the model has "
                 f"{self.config.trunk.vocab_size} tokens; the tokenizer must be the model's own"
             )
         self.load_seconds: float | None = None
-        self.settings = settings or ServingSettings()
-        stage_devices(self.settings.ar_device, self.settings.dit_device)  # before the weights are loaded
+        self.settings = settings or EngineConfig()
+        self._check_precompile()
+        self.placements: tuple[Placement, Placement] = stage_placements(
+            self.settings.ar_device, self.settings.dit_device, by_turns=self.settings.topology == "single-stage"
+        )
         self._source = source
-        self._weights: Weights | None = None
-        self._engine: Engine | None = None
+        self._first_use = threading.RLock()  # several threads may be the first
+        self._weights: tuple[Weights, Weights] | None = None
+        self._engine: ThreadDriver | None = None
 
     @classmethod
     def open(
-        cls, directory: str | Path | None = None, dtype: str = "auto", settings: ServingSettings | None = None
+        cls, directory: str | Path | None = None, dtype: str = "auto", settings: EngineConfig | None = None
     ) -> Bagel:
         """A model whose weights are checked but not loaded yet.
 
@@ -103,32 +112,56 @@ class Bagel:
         directory: str | Path | None = None,
         dtype: str = "auto",
         progress: Report | None = None,
-        settings: ServingSettings | None = None,
+        settings: EngineConfig | None = None,
     ) -> Bagel:
         """`open`, then the weights."""
         model = cls.open(directory, dtype, settings)
         model.load_weights(progress)
         return model
 
-    def load_weights(self, progress: Report | None = None) -> Weights:
-        """Loads the weights, unless they are loaded."""
-        if self._weights is None:
-            started = time.perf_counter()
-            report = None if progress is None else partial(progress, "load")
-            weights = self._source.load(self.dtype, report).for_serving(self.config, self.dtype)
-            self._weights = jax.block_until_ready(weights)
-            self.load_seconds = time.perf_counter() - started
-        return self._weights
+    def load_weights(self, progress: Report | None = None) -> tuple[Weights, Weights]:
+        """Loads the weights onto the devices of the two stages, unless they are loaded."""
+        with self._first_use:
+            if self._weights is None:
+                started = time.perf_counter()
+                report = None if progress is None else partial(progress, "load")
+                context, denoise = self.placements
+                weights = self._source.load(self.dtype, report, context.parameter)
+                weights = jax.block_until_ready(weights.for_serving(self.config, self.dtype))
+                again = weights if denoise.device == context.device else weights.on(denoise.pages())
+                self._weights = weights, jax.block_until_ready(again)
+                self.load_seconds = time.perf_counter() - started
+            return self._weights
 
     @property
-    def engine(self) -> Engine:
-        """The two stages; made, and the weights loaded, when first asked for."""
-        if self._engine is None:
-            weights = self.load_weights()
-            self._engine = Engine(
-                weights, self.config, self.dtype, self.tokenizer, self.settings, load_seconds=self.load_seconds
-            )
-        return self._engine
+    def engine(self) -> ThreadDriver:
+        """The two stages at work; made, and the weights loaded, when first asked for."""
+        return self.start()
+
+    def start(self, progress: Report | None = None) -> ThreadDriver:
+        """Loads the weights and compiles what the settings' `precompile` names, unless that is done."""
+        with self._first_use:
+            if self._engine is None:
+                weights = self.load_weights(progress)
+                core = Engine(weights, self.placements, self.config, self.dtype, self.tokenizer, self.settings)
+                if self.settings.precompile_sizes is not None:
+                    report = (lambda *_: None) if progress is None else partial(progress, "compile")
+                    precompile(core, self.settings.precompile_sizes, report)
+                by_turns = self.settings.topology == "single-stage"
+                self._engine = ThreadDriver(core, self.load_seconds, by_turns=by_turns)
+            return self._engine
+
+    def check(self, request: Request) -> None:
+        """Looks whether this model can do a request, at little cost: images are not decoded.
+
+        Raises:
+            InputError: it cannot.
+        """
+        check(request, self.config, self.tokenizer)
+
+    def functional(self) -> tuple[Definition, dict[str, jax.Array]]:
+        """What `bagel_jax.functional`'s functions take: what is static of the model, and its parameters by path."""
+        return Definition.of(self.load_weights()[0], self.config, self.tokenizer)
 
     def prepare(self, request: Request) -> Prepared:
         """Plans a request on the host.
@@ -182,14 +215,13 @@ class Bagel:
         Yields:
             Each request with its result, or with what made it fail: the others go on.
         """
-        self.load_weights(progress)
-        engine, requests = self.engine, iter(requests)
+        engine, requests = self.start(progress), iter(requests)
         # So many that no stage has to wait for the other.
         room = self.settings.ar_max_num_seqs + self.settings.dit_max_num_seqs
-        events: queue.SimpleQueue[tuple[Handle, TextDelta | Progress | Done]] = queue.SimpleQueue()
+        events: queue.SimpleQueue[tuple[Handle, Event]] = queue.SimpleQueue()
         counts = _Counts(progress)
 
-        def sink(handle: Handle, event: TextDelta | Progress | Done) -> None:
+        def sink(handle: Handle, event: Event) -> None:
             events.put((handle, event))
 
         work: dict[str, Handle] = {}
@@ -203,7 +235,7 @@ class Bagel:
                         break
                     request = one.request if isinstance(one, Prepared) else one
                     try:
-                        handle = engine.submit(self._prepared(one), sink=sink, watched=progress is not None)
+                        handle = engine.submit(self._prepared(one), sink=sink)
                     except Exception as error:  # whatever happens to one request, the others go on
                         yield request, error
                         continue
@@ -253,6 +285,15 @@ class Bagel:
         """Cancels what is in work and waits until it is gone."""
         if self._engine is not None:
             self._engine.close()
+
+    def _check_precompile(self) -> None:
+        """Raises `InputError` for sizes to compile for that the model cannot make."""
+        sizes = self.settings.precompile_sizes
+        for size in () if sizes in (None, "all") else sizes:
+            try:
+                image_size(self.config, *size)
+            except InputError as error:
+                raise InputError(f"precompile is {self.settings.precompile!r}, where {error}") from None
 
     def _prepared(self, request: Request | Prepared) -> Prepared:
         return request if isinstance(request, Prepared) else self.prepare(request)

@@ -6,7 +6,7 @@ import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
@@ -22,48 +22,29 @@ _compiling: dict[int, deque[tuple[float, float]]] = defaultdict(lambda: deque(ma
 def _note_compiling(event: str, seconds: float, **_: Any) -> None:
     if event in _COMPILE_EVENTS:
         end = time.perf_counter()
-        mine = _compiling[threading.get_ident()]
+        noted = _compiling[threading.get_ident()]
         # Tracing a function traces those it calls; theirs were noted first and lie within.
-        while mine and mine[-1][0] >= end - seconds:
-            mine.pop()
-        mine.append((end - seconds, end))
+        while noted and noted[-1][0] >= end - seconds:
+            noted.pop()
+        noted.append((end - seconds, end))
 
 
 jax.monitoring.register_event_duration_secs_listener(_note_compiling)
 
 
-class Span(NamedTuple):
-    """A stretch of time that went into a phase of a request's work."""
-
-    phase: str
-    started: float  # by time.perf_counter()
-    ended: float
-    thread: int  # that worked
-
-    @classmethod
-    def here(cls, phase: str, started: float, ended: float) -> Span:
-        """A span of work in the calling thread."""
-        return cls(phase, started, ended, threading.get_ident())
-
-
 class Clock:
-    """Seconds by phase; time that goes into compiling is a phase of its own."""
+    """Seconds by phase; time in which one of some threads compiles is a phase of its own."""
 
-    def __init__(self):
+    def __init__(self, threads: Iterable[int]):
         self.seconds = {"compile": 0.0}
+        self._threads = tuple(threads)
 
-    @classmethod
-    def of(cls, spans: Iterable[Span]) -> Clock:
-        """The clock of a request's spans."""
-        clock = cls()
-        for span in spans:
-            clock.add(span)
-        return clock
-
-    def add(self, span: Span) -> None:
-        """Counts a stretch of time."""
-        name, started, ended, thread = span
-        within = ((max(start, started), min(end, ended)) for start, end in list(_compiling[thread]))
-        compiling = sum(end - start for start, end in within if end > start)
+    def add(self, phase: str, started: float, ended: float) -> None:
+        """Counts a stretch of time, by time.perf_counter()."""
+        compiling = 0.0
+        for thread in self._threads:
+            within = ((max(started, a), min(ended, b)) for a, b in list(_compiling[thread]))
+            compiling += sum(b - a for a, b in within if b > a)
+        compiling = min(compiling, ended - started)
         self.seconds["compile"] += compiling
-        self.seconds[name] = self.seconds.get(name, 0.0) + ended - started - compiling
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + ended - started - compiling

@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import median
 
 import jax
+import msgspec
 import numpy as np
 from PIL import Image
 
@@ -25,12 +26,15 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from small import CONFIG, TOKENIZER, drawn  # noqa: E402
 
 from bagel_jax.bagel import keep_compiled_programs, resolve_dtype  # noqa: E402
-from bagel_jax.engine.context.stage import ContextStage, Finished  # noqa: E402
+from bagel_jax.engine.context.stage import ContextStage  # noqa: E402
+from bagel_jax.engine.kv.store import make_stores  # noqa: E402
+from bagel_jax.engine.ticket import Done, Ticket  # noqa: E402
 from bagel_jax.inputs.prepare import prepare  # noqa: E402
 from bagel_jax.inputs.tokenizer import Tokenizer  # noqa: E402
 from bagel_jax.models.weights import Weights, abstract_weights  # noqa: E402
-from bagel_jax.request import Request  # noqa: E402
-from bagel_jax.settings import ATTENTION, ServingSettings  # noqa: E402
+from bagel_jax.placement.placement import Placement  # noqa: E402
+from bagel_jax.request import Request, Result  # noqa: E402
+from bagel_jax.settings import ATTENTION, EngineConfig  # noqa: E402
 
 BATCHES = 1, 4, 8, 16
 IMAGE = 512  # pixels a side, so 37 x 37 patches
@@ -56,21 +60,31 @@ def make_stage(args, tokenizer: Tokenizer, **settings) -> ContextStage:
     params = jax.tree.map(lambda x: jax.device_put(x.astype(dtype)), drawn(abstract.params))
     head = params["trunk"]["lm_head"]["kernel"]
     head.set_value(head.get_value().at[:, tokenizer.im_end].set(0))
-    serving = ServingSettings(attention=args.attention, **settings)
+    serving = EngineConfig(attention=args.attention, **settings)
     weights = Weights(abstract.graph, params).for_serving(config, dtype)
-    return ContextStage(weights, config, dtype, tokenizer, serving)
+    place = Placement.on(jax.devices()[0])
+    store, _ = make_stores((place, place), config, serving, dtype)
+    return ContextStage(weights, config, tokenizer, serving, store)
 
 
-def serve(stage: ContextStage, requests) -> tuple[float, dict[str, Finished]]:
-    """Seconds until all are answered, and the answers."""
+def serve(stage: ContextStage, requests) -> tuple[float, dict[str, Ticket]]:
+    """Seconds until all are answered, and what came of them."""
     ready = [prepare(request, stage.config, stage.tokenizer) for request in requests]
     started = time.perf_counter()
-    for one in ready:
-        stage.submit(one)
-    finished = {}
+    tickets = {}
+    for number, one in enumerate(ready):
+        request = one.request
+        result = Result(request.request_id, request.modality)
+        tickets[request.request_id] = Ticket(number, one, None, False, time.perf_counter(), result)
+        stage.submit(tickets[request.request_id])
     while stage.busy:
-        finished |= {event.request_id: event for event in stage.step() if isinstance(event, Finished)}
-    return time.perf_counter() - started, finished
+        while stage.run(time.perf_counter()):
+            pass
+        stage.calls[0].ready.block_until_ready()
+        for event in stage.collect(time.perf_counter()):
+            if isinstance(event, Done) and isinstance(event.outcome, Exception):
+                raise event.outcome
+    return time.perf_counter() - started, tickets
 
 
 def texts(generator, count: int, words: int, tokens: int) -> list[Request]:
@@ -93,11 +107,11 @@ def throughput(args, tokenizer: Tokenizer) -> None:
             requests = texts(generator, batch, args.prompt // 3, args.tokens)
             taken, _ = serve(
                 stage,
-                [dataclasses.replace(r, settings=dataclasses.replace(r.settings, max_tokens=1)) for r in requests],
+                [dataclasses.replace(r, settings=msgspec.structs.replace(r.settings, max_tokens=1)) for r in requests],
             )
             whole, answers = serve(stage, requests)
             if turn:  # the first one compiles
-                stats = [f.stats for f in answers.values()]
+                stats = [ticket.result for ticket in answers.values()]
                 prefill.append(sum(s.prefilled_tokens for s in stats) / taken)
                 decode.append(sum(s.decoded_tokens - 1 for s in stats) / (whole - taken))
     one = median(speeds[1][1])
@@ -122,9 +136,9 @@ def second_question(args, tokenizer: Tokenizer) -> None:
         ):
             (answer,) = serve(stage, [request])[1].values()
             if turn:
-                rows[name].append(answer.stats.time_to_first_token)
-            counts[name] = answer.stats.prefilled_tokens
-            answers.append(answer.ids)
+                rows[name].append(answer.result.time_to_first_token)
+            counts[name] = answer.result.prefilled_tokens
+            answers.append(answer.context.ids)
         if answers[1] != answers[2]:
             raise RuntimeError(f"the prefix cache changed an answer: {answers[1]} became {answers[2]}")
     print("\n| | prefilled tokens | time to first token, ms |\n|---|---|---|")

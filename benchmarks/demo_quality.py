@@ -28,11 +28,13 @@ from oracle import Reading, read
 from PIL import Image
 from tqdm import tqdm
 
-from bagel_jax.demo import world
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 from bagel_jax.demo.example import MODEL
-from bagel_jax.demo.world import Combination, Edit, Scene, caption, draw, held_out
 from bagel_jax.errors import InputError, check_choice, check_whole
 from bagel_jax.request import APPLICABLE, RENORM_TYPES, Request
+from tools.demo import world
+from tools.demo.world import Combination, Edit, Scene, caption, draw, held_out
 
 TRAINED, HELD_OUT = SPLITS = "trained", "held out"
 # What the project wants, in percent. There is no bound for plans.

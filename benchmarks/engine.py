@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT))
 
 from bagel_jax import Bagel, Request  # noqa: E402
 from bagel_jax.demo.example import MODEL  # noqa: E402
-from bagel_jax.settings import ServingSettings  # noqa: E402
+from bagel_jax.settings import EngineConfig  # noqa: E402
 
 
 def random_image(seed: int, size: int) -> Image.Image:
@@ -92,14 +92,14 @@ def serve(model: Bagel, requests: list[Request], concurrency: int) -> tuple[floa
 def utilisation(model: Bagel, spent: float) -> dict[str, float]:
     """The part of the time that each stage worked, and both did."""
     spans = list(model.engine.work)
-    busy = {phase: [(s.started, s.ended) for s in spans if s.phase == phase] for phase in ("ar", "dit")}
-    both = sum(max(0.0, min(a[1], d[1]) - max(a[0], d[0])) for a in busy["ar"] for d in busy["dit"])
+    busy = {phase: [(s.started, s.ended) for s in spans if s.phase == phase] for phase in ("context", "denoise")}
+    both = sum(max(0.0, min(a[1], d[1]) - max(a[0], d[0])) for a in busy["context"] for d in busy["denoise"])
     return {phase: sum(e - s for s, e in parts) / spent for phase, parts in busy.items()} | {"both": both / spent}
 
 
 def mixed(args: argparse.Namespace) -> None:
     """The mixed load."""
-    settings = ServingSettings(ar_max_num_seqs=args.ar_max_num_seqs, dit_max_num_seqs=args.dit_max_num_seqs)
+    settings = EngineConfig(ar_max_num_seqs=args.ar_max_num_seqs, dit_max_num_seqs=args.dit_max_num_seqs)
     model = Bagel.load(args.model, settings=settings)
     largest = min(args.size, model.config.max_image_size)
     turn = 0
@@ -117,15 +117,15 @@ def mixed(args: argparse.Namespace) -> None:
         alone = median(spent for spent, _, _ in runs[1][1:])
         spent = median(spent for spent, _, _ in runs[concurrency][1:])
         p50, p95 = np.percentile([x for _, latencies, _ in runs[concurrency][1:] for x in latencies], (50, 95))
-        busy = {name: median(u[name] for _, _, u in runs[concurrency][1:]) for name in ("ar", "dit", "both")}
-        shares = " | ".join(f"{100 * busy[name]:.0f} %" for name in ("ar", "dit", "both"))
+        busy = {name: median(u[name] for _, _, u in runs[concurrency][1:]) for name in ("context", "denoise", "both")}
+        shares = " | ".join(f"{100 * busy[name]:.0f} %" for name in ("context", "denoise", "both"))
         rates = f"{args.requests / spent:.2f} | {alone / spent:.2f}x"
         print(f"| {concurrency} | {rates} | {p50:.2f} s | {p95:.2f} s | {shares} |", flush=True)
 
 
 def against_official(args: argparse.Namespace) -> None:
     """Ours and the official code, alternately."""
-    model = Bagel.load(args.model, "float32", settings=ServingSettings(prefix_cache=False))
+    model = Bagel.load(args.model, "float32", settings=EngineConfig(prefix_cache=False))
     command = [
         args.python,
         str(ROOT / "benchmarks/official.py"),

@@ -16,9 +16,11 @@ from pathlib import Path
 from oracle import read
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 from bagel_jax import Bagel
-from bagel_jax.demo.world import COLORS, NEW_COLORS, SHAPES, Combination, caption
 from bagel_jax.errors import InputError, check_choice, check_whole
+from tools.demo.world import COLORS, NEW_COLORS, SHAPES, Combination, caption
 
 
 def main(argv: Sequence[str] | None = None) -> int:

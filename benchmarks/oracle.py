@@ -18,8 +18,10 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from bagel_jax.demo.world import COLORS, NEW_COLORS, SHAPES, SIDE, Color, coverage
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 from bagel_jax.errors import InputError
+from tools.demo.world import COLORS, NEW_COLORS, SHAPES, SIDE, Color, coverage
 
 UNCLEAR = "unclear"
 # A colour counts as the nearest of the palette up to this distance in RGB. Nameless colours of the training set keep 90

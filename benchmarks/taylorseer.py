@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 from bagel_jax import Bagel  # noqa: E402
 from bagel_jax.demo.example import EXAMPLES, MODEL  # noqa: E402
-from bagel_jax.sampling.taylorseer import Course  # noqa: E402
+from bagel_jax.sampling.taylorseer import TaylorState  # noqa: E402
 
 GRID = [
     (3, 6),
@@ -45,10 +45,10 @@ PROMPTS = [
 
 def computed(steps: int, interval: int, order: int) -> int:
     """Evaluations of `steps` schedule points that are computed."""
-    course, count = Course(interval, order, FIRST), 0
+    state, count = TaylorState(interval, order, FIRST), 0
     for _ in range(steps - 1):
-        count += course.computes
-        course.take()
+        count += state.computes
+        state.take(1)
     return count
 
 

@@ -39,16 +39,6 @@ def through(trunk: MoT, x: Block, rope, kv_end, past: KV | None = None) -> tuple
     return trunk.normed(out), cache
 
 
-def behind(past: KV):
-    """For `BagelModel.noised_hidden`: every token of a block, of one row, sees `past` `[L, S, K, E]` and the block."""
-
-    def attention(layer, q, kv, cache):
-        seen = KV(*(jnp.concatenate([before[layer], own[0]]) for before, own in zip(past, kv, strict=True)))
-        return attend(q[0], seen, jnp.full(q.shape[1], len(seen.k)))[None], cache
-
-    return attention
-
-
 def view_of(context: ContextKV, view: int = 0) -> KV:
     """What a view of a context sees, `[L, length, K, E]`."""
     length = int(context.length[view])

@@ -7,22 +7,39 @@ import time
 import numpy as np
 from small import random_image
 
+from bagel_jax.engine.kv.store import KVStore
 from bagel_jax.request import Request
 
 
 def empty(made) -> None:
     """Nothing is held by a request that is gone: no page, no slot, no thread."""
-    engine = made.engine
-    while engine._threads:
+    driver = made.engine
+    wait_for_threads(made)
+    engine = driver.engine
+    assert not driver._handles
+    assert not driver._commands
+    assert not engine.tickets
+    assert not engine.offers
+    assert not engine.context.busy
+    assert not engine.context.finished
+    assert not engine.denoise.busy
+    engine.check()
+    for store in stores(engine):
+        store.prefixes.clear()
+        assert store.pool.num_free == store.pool.num_pages
+
+
+def wait_for_threads(made) -> None:
+    """Returns when an engine's threads have ended, which they do when nothing is in work."""
+    until = time.monotonic() + 60
+    while made.engine._threads:
+        assert time.monotonic() < until
         time.sleep(0.005)
-    assert not engine._records
-    assert not engine._moving
-    assert not engine.ar._jobs()
-    assert not engine.dit.busy
-    assert engine.dit.free_pages == engine.dit._pool.num_pages
-    assert engine.dit.free_slots == made.settings.dit_max_num_seqs
-    engine.ar.scheduler.cache.clear()
-    assert engine.ar.scheduler.pool.num_free == engine.ar.scheduler.pool.num_pages
+
+
+def stores(engine) -> list[KVStore]:
+    """An engine's stores, each once."""
+    return list(dict.fromkeys((engine.context.store, engine.denoise.store)))
 
 
 def mixed(count: int, seed: int = 0) -> list[Request]:

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -14,8 +15,10 @@ from PIL import Image
 from bagel_jax.bagel import Bagel
 from bagel_jax.config import AutoencoderConfig, BagelConfig, TrunkConfig, VitConfig
 from bagel_jax.engine.context.stage import ContextStage
+from bagel_jax.engine.kv.store import make_stores
 from bagel_jax.models.weights import Weights, abstract_weights
-from bagel_jax.settings import ServingSettings
+from bagel_jax.placement.placement import Placement
+from bagel_jax.settings import EngineConfig
 
 TOKENIZER = Path(__file__).parent / "data" / "tiny-bagel"
 
@@ -68,14 +71,15 @@ def drawn(params: nnx.State) -> nnx.State:
     """Random values for abstract parameters, the same in every run; faster than the modules' initialisers."""
     generator = np.random.RandomState(0)
 
-    def draw(name, shape):
+    def draw(path, shape):
         values = generator.standard_normal(shape).astype(np.float32)
-        if name == "scale":
+        if path[-1] == "scale":
             return jnp.asarray(1 + 0.1 * values)
-        return jnp.asarray(values / (np.sqrt(np.prod(shape[-4:-1])) if name == "kernel" else 2))
+        out = 2 if {"und", "gen"} & set(path) and path[-2] in ("q", "k", "v") else 1  # axes: heads are one more
+        return jnp.asarray(values / (np.sqrt(np.prod(shape[-4:-out])) if path[-1] == "kernel" else 2))
 
     flat = sorted(nnx.to_flat_state(params), key=lambda item: tuple(map(str, item[0])))
-    return nnx.from_flat_state((path, variable.replace(draw(path[-1], variable.shape))) for path, variable in flat)
+    return nnx.from_flat_state((path, variable.replace(draw(path, variable.shape))) for path, variable in flat)
 
 
 @functools.cache
@@ -90,13 +94,13 @@ class _Source:
     directory: Path = TOKENIZER
     config: BagelConfig = CONFIG
 
-    def load(self, dtype, progress=None) -> Weights:
+    def load(self, dtype, progress=None, sharding=None) -> Weights:
         return weights()
 
 
 def new_model(**settings) -> Bagel:
     """An engine that has served nobody yet."""
-    return Bagel(_Source(), "float32", ServingSettings(**SERVING | settings))
+    return Bagel(_Source(), "float32", EngineConfig(**SERVING | settings))
 
 
 @functools.cache
@@ -107,11 +111,35 @@ def model() -> Bagel:
 
 def new_stage(**settings) -> ContextStage:
     """Stage 0 of the small model, with an empty pool."""
-    serving = ServingSettings(**SERVING | settings)
-    return ContextStage(weights(), CONFIG, jnp.float32, model().tokenizer, serving)
+    serving = EngineConfig(**SERVING | settings)
+    place = Placement.on(jax.devices()[0])
+    store, _ = make_stores((place, place), CONFIG, serving, jnp.float32)
+    return ContextStage(weights(), CONFIG, model().tokenizer, serving, store)
 
 
 def random_image(seed: int = 0, width: int = 40, height: int = 40) -> Image.Image:
     """An image of random pixels."""
     pixels = np.random.RandomState(seed).randint(0, 256, (height, width, 3))
     return Image.fromarray(pixels.astype(np.uint8))
+
+
+def lying(folder: Path, image: Image.Image) -> list[Path]:
+    """An image stored in all eight ways that EXIF knows; Pillow has no function for this way round."""
+    turned = Image.Transpose
+    ways = {
+        1: None,
+        2: turned.FLIP_LEFT_RIGHT,
+        3: turned.ROTATE_180,
+        4: turned.FLIP_TOP_BOTTOM,
+        5: turned.TRANSPOSE,
+        6: turned.ROTATE_90,
+        7: turned.TRANSVERSE,
+        8: turned.ROTATE_270,
+    }
+    paths = []
+    for orientation, way in ways.items():
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        paths.append(folder / f"orientation{orientation}.png")
+        (image if way is None else image.transpose(way)).save(paths[-1], exif=exif)
+    return paths

@@ -15,9 +15,10 @@ from serving import cache_of, logits_of, prefilled, serve
 
 from bagel_jax.bagel import Bagel
 from bagel_jax.engine.context.stage import ContextStage
+from bagel_jax.engine.kv.store import make_stores
 from bagel_jax.inputs.prepare import vit_positions
-from bagel_jax.layout import KVPrefix, Text
-from bagel_jax.settings import ServingSettings
+from bagel_jax.layout import KVPrefix, Position, Text
+from bagel_jax.settings import EngineConfig
 
 TOLERANCE = 1e-4
 
@@ -46,8 +47,10 @@ def tiny_bfloat16(tiny_dir):
 
 
 def stage_of(model: Bagel, **settings) -> ContextStage:
-    serving = ServingSettings(**{"num_pages": 600} | settings)
-    return ContextStage(model.load_weights(), model.config, model.dtype, model.tokenizer, serving)
+    serving = EngineConfig(**{"num_pages": 600} | settings)
+    place = model.placements[0]
+    store, _ = make_stores((place, place), model.config, serving, model.dtype)
+    return ContextStage(model.load_weights()[0], model.config, model.tokenizer, serving, store)
 
 
 @pytest.mark.parametrize("name", GENERATION + UNDERSTANDING)
@@ -65,7 +68,7 @@ def test_tokens_and_contexts(tiny, cases_dir, name):
     main = prepared.plan.cond
     if name == "text2img_think":
         thought = Text(tiny.tokenizer.prompt(case.texts[0]))
-        main = KVPrefix(0, main.length + thought.num_tokens, main.rope + thought.rope_advance)
+        main = KVPrefix(0, *Position(main.length, main.rope).after(thought))
     for view, key in ((main, "main"), (prepared.plan.drop_text, "cfg_text"), (prepared.plan.drop_image, "cfg_img")):
         assert view.length == case.arrays[f"ctx_{key}_kv_len"]
         assert view.rope == case.arrays[f"ctx_{key}_rope"]
@@ -110,7 +113,7 @@ def test_logits(tiny, cases_dir, name, settings):
 def test_vit(tiny, cases_dir, name):
     """The ViT's output for each input image, after post_layernorm; padded, as stage 0 calls it."""
     case = Case.read(cases_dir, name)
-    vit = tiny.load_weights().model().vit
+    vit = tiny.load_weights()[0].model().vit
     every = 1 if name == "img2text" else 16
     for i, image in enumerate(tiny.prepare(case.request()).images):
         count, padding = len(image.vit_patches), 9
@@ -124,7 +127,7 @@ def test_vit(tiny, cases_dir, name):
 def test_encoded_images(tiny, cases_dir, name):
     """Input images through the autoencoder, after the posterior draw, shift and scale."""
     case = Case.read(cases_dir, name)
-    autoencoder = tiny.load_weights().model().autoencoder
+    autoencoder = tiny.load_weights()[0].model().autoencoder
     prepared = tiny.prepare(case.request())
     for i, (image, noise) in enumerate(zip(prepared.images, prepared.posterior_noise, strict=True)):
         latents = jax.jit(lambda *args: autoencoder.encode(*args))(image.vae_pixels[None], noise[None])
@@ -134,7 +137,7 @@ def test_encoded_images(tiny, cases_dir, name):
 def test_autoencoder(tiny, cases_dir):
     """Moments, latents and pixels of the autoencoder alone."""
     case = Case.read(cases_dir, "vae")
-    autoencoder, golden = tiny.load_weights().model().autoencoder, case.arrays
+    autoencoder, golden = tiny.load_weights()[0].model().autoencoder, case.arrays
     pixels = golden["pixels"].transpose(0, 2, 3, 1)
     moments = np.concatenate(autoencoder.moments(pixels), axis=-1)
     assert relative_error(moments.transpose(0, 3, 1, 2), golden["moments"]) < TOLERANCE
@@ -180,7 +183,7 @@ def test_results(tiny, cases_dir, name):
 def test_decoder(tiny, cases_dir, name):
     """The decoder's output for the golden latents, before it is clipped to an image."""
     case = Case.read(cases_dir, name)
-    model = tiny.load_weights().model()
+    model = tiny.load_weights()[0].model()
     grid = tiny.prepare(case.request()).latent_grid
     pixels = model.autoencoder.decode(model.unpatchify_latents(jnp.asarray(case.arrays["final_latent"]), *grid)[None])
     assert relative_error(pixels.transpose(0, 3, 1, 2), case.arrays["decoded_0"]) < TOLERANCE

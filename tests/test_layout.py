@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bagel_jax.engine.handoff import branches, tables
+from bagel_jax.engine.handoff import Lease, Views
 from bagel_jax.layout import (
     Contexts,
     ImageGrids,
@@ -138,6 +141,14 @@ def test_regression_21_a_block_has_one_position():
     assert VaeImage(0, 64, 64).num_tokens == 4098
 
 
+def branches(*prefixes: KVPrefix):
+    """The views of three branches, and which the second and the third have."""
+    views, found = Views.of("a request", (16, 16), prefixes)
+    assert views.length.tolist() == [one.length for one in found]
+    assert views.rope.tolist() == [one.rope for one in found]
+    return found, views.drop_text, views.drop_image
+
+
 def test_vit_and_latent_blocks_are_not_mixed_up():
     """Two kinds of block of one image with equal grids pass for the same: one gets the other's cache."""
     assert VitImage(0, 2, 2) != VaeImage(0, 2, 2)
@@ -147,8 +158,7 @@ def test_vit_and_latent_blocks_are_not_mixed_up():
 def test_equal_contexts_are_one_view():
     """Guidance of text2img costs three evaluations instead of two."""
     made = planned(A)
-    views, text_view, img_view = branches(made.cond, made.drop_text, made.drop_image)
-    assert (views, text_view, img_view) == ([KVPrefix(0, 4, 4), KVPrefix(0, 0, 0)], 1, 0)
+    assert branches(made.cond, made.drop_text, made.drop_image) == ([KVPrefix(0, 4, 4), KVPrefix(0, 0, 0)], 1, 0)
 
 
 def test_contexts_handed_over_are_the_right_ones():
@@ -163,9 +173,12 @@ def test_contexts_handed_over_are_the_right_ones():
 @given(st.lists(st.lists(st.integers(1, 20), unique=True, max_size=5), min_size=1, max_size=3))
 def test_pages_of_views(views):
     """A page that two views share is handed over twice, or a view's pages are another's or in another order."""
-    own, table = tables(views)
+    store = SimpleNamespace(take=lambda numbers: np.asarray(numbers).reshape(1, -1, 1, 1, 1, 1))
+    length = np.asarray([len(pages) for pages in views], np.int32)
+    context = Lease(store, Views("a request", (16, 16), 0, 0, length, length), views).export()
+    own = context.pages.reshape(-1)
     assert sorted(own.tolist()) == sorted({page for pages in views for page in pages})
-    for row, pages in zip(table, views, strict=True):
+    for row, pages in zip(context.page_table, views, strict=True):
         assert [int(own[i]) for i in row[: len(pages)]] == pages
         assert not row[len(pages) :].any()
 

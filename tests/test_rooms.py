@@ -11,16 +11,18 @@ PACKAGE = Path(__file__).parents[1] / "bagel_jax"
 
 # Which rooms a room may import, from the top floor down; errors is open to all.
 MAY_IMPORT = {
-    "__init__": {"bagel", "request"},
-    "run": {"bagel", "demo", "request", "results", "settings", "turns", "command"},
-    "turns": {"engine", "request"},
+    "__init__": {"bagel", "request", "settings", "functional"},
+    "run": {"bagel", "demo", "request", "options", "results", "settings", "turns", "command"},
+    "turns": {"engine", "request", "options"},
     "results": {"request"},
     "aot": {"pallas", "command"},
     "bagel": {
-        *("engine", "demo", "checkpoint", "models", "inputs", "request", "config", "settings", "placement"),
+        *("engine", "functional", "demo", "checkpoint", "models", "inputs", "request", "config", "settings"),
+        "placement",
     },
+    "functional": {"models", "layout", "sampling", "inputs", "request", "config"},
     "train": {"checkpoint", "models", "inputs", "request", "config", "layout", "placement"},
-    "demo": {"inputs"},
+    "demo": set(),
     "engine": {
         *("sampling", "models", "inputs", "request", "config", "layout", "settings", "clock", "pallas", "buckets"),
         "placement",
@@ -29,7 +31,8 @@ MAY_IMPORT = {
     "models": {"config", "layout"},
     "sampling": {"request"},
     "inputs": {"request", "config", "layout"},
-    "request": {"config"},
+    "request": {"config", "options"},
+    "options": set(),
     "settings": set(),
     "buckets": set(),
     "clock": set(),

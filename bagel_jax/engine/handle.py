@@ -4,36 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import queue
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future, InvalidStateError
-from dataclasses import dataclass
 
 from bagel_jax.engine.handoff import ContextKV
+from bagel_jax.engine.ticket import Done, Event, Progress, TextDelta
 from bagel_jax.request import Request, Result
-
-
-@dataclass(frozen=True)
-class TextDelta:
-    """Text that was decoded since the last one; all of them together are the answer."""
-
-    text: str
-    tokens: int  # how many tokens it took
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far an image is: evaluations of the model."""
-
-    done: int
-    total: int
-
-
-@dataclass(frozen=True)
-class Done:
-    """The last event: `Handle.result` returns, or raises, at once."""
-
-
-Event = TextDelta | Progress | Done
 
 
 class Cancelled(Exception):
@@ -43,11 +20,13 @@ class Cancelled(Exception):
 class Handle:
     """A request that an engine works on. `await` it, or ask for its `result`.
 
+    Every listener (`events`, `async for`) hears all events from the beginning, also one that comes when the request is
+    done; an asynchronous one has a queue of its event loop and takes no thread.
+
     Args:
         request: the request.
         cancel: called with the handle to make the engine drop it.
-        sink: takes the events; None: they are kept for `events`.
-        watched: whether somebody looks at progress; `events` sets it.
+        sink: called with the handle and each event, in a thread of the engine; if it raises, the request fails.
     """
 
     def __init__(
@@ -55,15 +34,14 @@ class Handle:
         request: Request,
         cancel: Callable[[Handle], None],
         sink: Callable[[Handle, Event], None] | None = None,
-        *,
-        watched: bool = False,
     ):
         self.request = request
-        self.watched = watched
         self._future: Future[Result | ContextKV] = Future()
         self._future.set_running_or_notify_cancel()  # a task that awaits it and is cancelled leaves it as it is
         self._cancel, self._sink = cancel, sink
-        self._events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._lock = threading.Lock()  # guards the two below
+        self._heard: list[Event] = []
+        self._listeners: list[Callable[[Event], None]] = []
 
     @property
     def request_id(self) -> str:
@@ -91,15 +69,18 @@ class Handle:
         return asyncio.wrap_future(self._future).__await__()
 
     def events(self) -> Iterator[TextDelta | Progress]:
-        """The request's events from its beginning, as they come; ends when it is done, however it ends. Once only."""
-        self.watched = True
-        while not isinstance(event := self._events.get(), Done):
+        """The request's events from its beginning, as they come; ends when it is done, however it ends."""
+        heard: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        self._listen(heard.put)
+        while not isinstance(event := heard.get(), Done):
             yield event
 
     async def __aiter__(self) -> AsyncIterator[TextDelta | Progress]:
         """`events`, for `async for`."""
-        self.watched = True
-        while not isinstance(event := await asyncio.to_thread(self._events.get), Done):
+        heard: asyncio.Queue[Event] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+        self._listen(lambda event: loop.call_soon_threadsafe(heard.put_nowait, event))
+        while not isinstance(event := await heard.get(), Done):
             yield event
 
     def cancel(self) -> bool:
@@ -110,20 +91,40 @@ class Handle:
         return True
 
     def tell(self, event: Event) -> None:
-        """Passes an event on; for the engine."""
-        if self._sink is not None:
+        """Passes an event on; for the engine. What a sink raises becomes the request's outcome, if it has none."""
+        with self._lock:
+            self._heard.append(event)
+            listeners = list(self._listeners)
+        for listener in listeners:
+            try:
+                listener(event)
+            except RuntimeError:  # its event loop is closed: nobody listens any more
+                with self._lock:
+                    if listener in self._listeners:  # a cancel may tell at the same time
+                        self._listeners.remove(listener)
+        if self._sink is None:
+            return
+        try:
             self._sink(self, event)
-        else:
-            self._events.put(event)
+        except BaseException as error:  # SystemExit too, or the engine's thread would end, and with it all requests
+            self._sink = None
+            if self.finish(error):
+                self._cancel(self)
 
-    def finish(self, outcome: Result | ContextKV | Exception) -> bool:
+    def finish(self, outcome: Result | ContextKV | BaseException) -> bool:
         """Sets the outcome, unless there is one; for the engine."""
         try:
-            if isinstance(outcome, Exception):
+            if isinstance(outcome, BaseException):
                 self._future.set_exception(outcome)
             else:
                 self._future.set_result(outcome)
         except InvalidStateError:  # somebody was faster: a cancel and a result may come together
             return False
-        self.tell(Done())
+        self.tell(Done(self.request_id, outcome))
         return True
+
+    def _listen(self, listener: Callable[[Event], None]) -> None:
+        with self._lock:
+            for event in self._heard:
+                listener(event)
+            self._listeners.append(listener)

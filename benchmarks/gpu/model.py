@@ -23,7 +23,7 @@ from bagel_jax.config import BagelConfig  # noqa: E402
 from bagel_jax.demo.example import MODEL  # noqa: E402
 from bagel_jax.inputs.tokenizer import Tokenizer  # noqa: E402
 from bagel_jax.models.weights import Weights, abstract_weights  # noqa: E402
-from bagel_jax.settings import ServingSettings  # noqa: E402
+from bagel_jax.settings import EngineConfig  # noqa: E402
 
 
 class _Official:
@@ -50,7 +50,7 @@ class RandomSource:
         self.directory: Path = MODEL  # its tokenizer
         self.config: BagelConfig = read_config(_Official())
 
-    def load(self, dtype, progress=None) -> Weights:
+    def load(self, dtype, progress=None, sharding=None) -> Weights:
         """14.6 billion numbers; the model never says that it is done, so that texts have the length asked for."""
         abstract = abstract_weights(self.config, dtype)
         flat = []
@@ -65,6 +65,6 @@ class RandomSource:
 
 def random_bagel(**settings) -> Bagel:
     """The model, with its weights on the device."""
-    model = Bagel(RandomSource(), "bfloat16", ServingSettings(**settings))
+    model = Bagel(RandomSource(), "bfloat16", EngineConfig(**settings))
     model.load_weights()
     return model

@@ -10,12 +10,14 @@ from bagel_jax.settings import TOPOLOGIES
 
 
 @pytest.fixture(params=TOPOLOGIES)
-def bagel(request):
-    """A model whose engine has served nobody yet, and is left empty."""
+def bagel(request, caplog):
+    """A model whose engine has served nobody yet, and is left empty; it must not have had to begin anew."""
     made = new_model(topology=request.param)
     yield made
     made.close()
     empty(made)
+    faults = [one for one in caplog.get_records("call") if one.name.startswith("bagel_jax.engine")]
+    assert not faults
 
 
 @pytest.fixture(scope="session")

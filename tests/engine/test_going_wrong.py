@@ -11,10 +11,10 @@ import pytest
 from mixed_load import empty, mixed, same
 from small import CONFIG, new_model, random_image
 
-from bagel_jax.engine.context.stage import Finished
 from bagel_jax.engine.denoise import steps as loop
-from bagel_jax.engine.denoise.stage import Drawn
 from bagel_jax.engine.handle import Cancelled
+from bagel_jax.engine.handoff import Lease
+from bagel_jax.engine.ticket import CONTEXT, DENOISE, Done
 from bagel_jax.request import Request
 
 SIZES = {"height": 32, "width": 32}
@@ -22,14 +22,15 @@ SIZES = {"height": 32, "width": 32}
 
 def test_regression_5_a_failure_is_told_at_once(bagel, monkeypatch):
     """Whoever waits for a context that cannot come waits for a time-out, or for ever."""
-    submit = bagel.engine.ar.submit
+    context = bagel.engine.engine.context
+    submit = context.submit
 
-    def failing(prepared):
-        if prepared.request.request_id == "bad":
+    def failing(ticket):
+        if ticket.request_id == "bad":
             raise RuntimeError("no such luck")
-        submit(prepared)
+        submit(ticket)
 
-    monkeypatch.setattr(bagel.engine.ar, "submit", failing)
+    monkeypatch.setattr(context, "submit", failing)
     bad, good = (Request.create("text2img", "a bench", **SIZES, steps=3, request_id=i) for i in ("bad", "good"))
     with pytest.raises(RuntimeError, match="no such luck"):
         bagel.submit(bad).result(timeout=60)
@@ -72,15 +73,16 @@ def test_a_device_error_in_stage_1_fails_alone(bagel, alone, monkeypatch):
 
 def test_a_device_error_in_stage_0_fails_alone(bagel, alone, monkeypatch):
     """One prompt that makes the device fail takes all contexts in work with it."""
-    dispatch = bagel.engine.ar._dispatch
+    context = bagel.engine.engine.context
+    dispatch = context._dispatch
 
     def failing(plan):
-        if any(piece.job.request_id == "bad" for piece in plan.pieces):
-            bagel.engine.ar.pages.delete()
+        if any(job.ticket.request_id == "bad" for job in plan.jobs):
+            context.store.pages.delete()
             raise RuntimeError("out of memory")
         return dispatch(plan)
 
-    monkeypatch.setattr(bagel.engine.ar, "_dispatch", failing)
+    monkeypatch.setattr(context, "_dispatch", failing)
     requests = mixed(12)
     handles = [bagel.submit(request) for request in requests[:6]]
     bad = bagel.submit(Request.create("img2text", "a bench", random_image(), max_tokens=4, request_id="bad"))
@@ -125,12 +127,14 @@ def test_close_with_work_in_flight():
     assert made.generate("text2text", "a bench", max_tokens=2).text is not None  # and it can go on
 
 
-def test_a_fault_of_ours_hangs_nobody(bagel, monkeypatch):
+def test_a_fault_of_ours_hangs_nobody(bagel, monkeypatch, caplog):
     """An error in the engine itself ends a thread, and whoever waits waits for ever."""
-    monkeypatch.setattr(bagel.engine.dit, "step", lambda *_: 1 / 0)
+    monkeypatch.setattr(bagel.engine.engine.denoise, "run", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         bagel.submit(Request.create("text2img", "a bench", **SIZES, steps=3)).result(timeout=60)
     monkeypatch.undo()
+    assert "the engine failed" in caplog.text
+    caplog.clear()
     assert bagel.generate("text2img", "a bench", **SIZES, steps=3).image is not None
 
 
@@ -144,23 +148,23 @@ def test_an_id_may_be_taken_again_after_a_cancel(bagel, alone):
         same(bagel.submit(request).result(timeout=60), alone[request.request_id])
 
 
-@pytest.mark.parametrize("stage", ["ar", "dit"])
+@pytest.mark.parametrize("stage", [CONTEXT, DENOISE])
 def test_an_id_may_be_taken_again_while_its_stage_is_busy(bagel, alone, monkeypatch, stage):
     """What a step says of a cancelled request is taken for the one that has its id by then."""
-    modality = "img2text" if stage == "ar" else "img2img"
+    modality = "img2text" if stage == CONTEXT else "img2img"
     request, other = [r for r in mixed(12) if r.modality == modality][:2]
     stepping, go_on = threading.Event(), threading.Event()
-    at_work = getattr(bagel.engine, stage)
-    step = at_work.step
+    at_work = getattr(bagel.engine.engine, stage)
+    collect = at_work.collect
 
-    def slow(*args):
-        events = step(*args)
-        if any(isinstance(event, Finished | Drawn) for event in events):
+    def slow(now):
+        events = collect(now)
+        if any(isinstance(event, Done) for event in events):
             stepping.set()
             assert go_on.wait(60)
         return events
 
-    monkeypatch.setattr(at_work, "step", slow)
+    monkeypatch.setattr(at_work, "collect", slow)
     first = bagel.submit(dataclasses.replace(other, request_id=request.request_id))
     assert stepping.wait(60)
     first.cancel()
@@ -170,28 +174,26 @@ def test_an_id_may_be_taken_again_while_its_stage_is_busy(bagel, alone, monkeypa
 
 
 def test_many_of_one_id(bagel):
-    """A context on its way to stage 1 gives back the room of the next one with its id."""
+    """A cancelled context on its way to stage 1 takes or gives back the room of the next one with its id."""
     request = Request.create("text2img", "a bench", **SIZES, steps=3, request_id="again")
     context = bagel.context(request)
     expected = bagel.denoise(request, context).latents
     stepping, go_on = threading.Event(), threading.Event()
-    step = bagel.engine.dit.step
+    denoise = bagel.engine.engine.denoise
+    run = denoise.run
 
     def slow(*args):
-        stepping.set()
-        assert go_on.wait(60)
-        return step(*args)
+        if denoise.jobs:
+            stepping.set()
+            assert go_on.wait(60)
+        return run(*args)
 
-    bagel.engine.dit.step = slow
+    denoise.run = slow
     other = bagel.submit(Request.create("text2img", "a bench", **SIZES, steps=3))
     assert stepping.wait(60)
     prepared = bagel.prepare(request)
     for _ in range(3):
-        first = bagel.engine.submit(prepared, context=context)
-        deadline = time.monotonic() + 0.2  # with two threads it is on its way by then
-        while not bagel.engine._arrived and time.monotonic() < deadline:
-            time.sleep(0.001)
-        first.cancel()
+        bagel.engine.submit(prepared, context=context).cancel()
     last = bagel.engine.submit(prepared, context=context)
     time.sleep(0.1)
     go_on.set()
@@ -201,14 +203,18 @@ def test_many_of_one_id(bagel):
 
 def test_a_context_that_cannot_be_moved_fails_alone(bagel, alone, monkeypatch):
     """A full device takes everybody with it, or the request's place in stage 1 is never given back."""
-    take = bagel.engine.ar.take
+    moved, export = Lease.moved, Lease.export
 
-    def failing(request_id):
-        if request_id == "bad":
-            raise RuntimeError("out of memory")
-        return take(request_id)
+    def failing(real):
+        def one(lease, *args):
+            if lease.views.request_id == "bad":
+                raise RuntimeError("out of memory")
+            return real(lease, *args)
 
-    monkeypatch.setattr(bagel.engine.ar, "take", failing)
+        return one
+
+    monkeypatch.setattr(Lease, "moved", failing(moved))
+    monkeypatch.setattr(Lease, "export", failing(export))
     requests = [r for r in mixed(12) if r.makes_image][:3]
     bad = Request.create("text2img", "a bench", **SIZES, steps=3, request_id="bad")
     handles = [bagel.submit(request) for request in (bad, *requests)]

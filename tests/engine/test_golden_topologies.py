@@ -7,12 +7,12 @@ import pytest
 from golden import Case, relative_error
 
 from bagel_jax.bagel import Bagel
-from bagel_jax.settings import TOPOLOGIES, ServingSettings
+from bagel_jax.settings import TOPOLOGIES, EngineConfig
 
 
 @pytest.fixture(scope="module", params=TOPOLOGIES)
 def model(request, tiny_dir):
-    return Bagel.load(tiny_dir, settings=ServingSettings(topology=request.param, num_pages=600))
+    return Bagel.load(tiny_dir, settings=EngineConfig(topology=request.param, num_pages=600))
 
 
 @pytest.mark.parametrize("name", ["text2img", "text2img_taylorseer", "text2img_think"])

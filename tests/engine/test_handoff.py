@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import jax
@@ -15,12 +16,13 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from small import model, new_model, random_image
 
-from bagel_jax.engine.handoff import ContextKV, tables
+from bagel_jax.engine.handoff import ContextKV, Lease, Views
+from bagel_jax.engine.kv.store import KVStore
 from bagel_jax.errors import InputError
 from bagel_jax.request import Request
 
 ARRAYS = ("pages", "page_table", "length", "rope")
-ABOUT = ("request_id", "image_shape", "text_view", "img_view")
+ABOUT = ("request_id", "image_shape", "drop_text", "drop_image")
 
 
 def edit(request_id: str = "edit", **settings) -> Request:
@@ -122,7 +124,7 @@ def test_a_file_of_something_else(tmp_path, context):
 
 def test_a_file_of_another_version(tmp_path, context):
     """A file of an earlier layout is read as if it were of this one."""
-    refused(file_of(tmp_path, context, version="2"), "version 2", "reads version 1")
+    refused(file_of(tmp_path, context, version="1"), "version 1", "reads version 2")
 
 
 def test_regressions_2_16_a_view_is_missing(context):
@@ -133,7 +135,7 @@ def test_regressions_2_16_a_view_is_missing(context):
     cut = {name: getattr(context, name)[:2] for name in ("page_table", "length", "rope")}
     with pytest.raises(ValueError, match="branches 1 and 2"):
         dataclasses.replace(context, **cut)
-    assert len(dataclasses.replace(context, **cut, img_view=1).length) == 2
+    assert len(dataclasses.replace(context, **cut, drop_image=1).length) == 2
 
 
 def test_regression_2_16_a_saved_view_is_missing(context, tmp_path):
@@ -141,9 +143,9 @@ def test_regression_2_16_a_saved_view_is_missing(context, tmp_path):
     context.save(tmp_path / "good")
     with safe_open(tmp_path / "good", framework="numpy") as file:
         metadata = file.metadata()
-    about = json.loads(metadata["context"]) | {"img_view": 3}
+    about = json.loads(metadata["context"]) | {"drop_image": 3}
     save_file(load_file(tmp_path / "good"), tmp_path / "bad", metadata | {"context": json.dumps(about)})
-    with pytest.raises(ValueError, match="branches 1 and 3"):
+    with pytest.raises(InputError, match="branches 1 and 3"):
         ContextKV.load(tmp_path / "bad")
 
 
@@ -159,7 +161,7 @@ def test_a_damaged_file(context, tmp_path, fault):
     elif fault == "no field":
         del about["image_shape"]
     elif fault == "negative view":
-        about["text_view"] = -1
+        about["drop_text"] = -1
     elif fault == "page beyond":
         arrays["page_table"] = arrays["page_table"] + 1000
     elif fault == "no array":
@@ -208,9 +210,10 @@ def test_after_a_refusal_the_next_is_served(context, expected):
         with pytest.raises(InputError):
             model().denoise(edit("other"), context)
     near(model().denoise(edit(), context).latents, expected)
-    engine = model().engine
-    assert engine.dit.free_slots == model().settings.dit_max_num_seqs
-    assert not engine._moving
+    engine = model().engine.engine
+    assert not engine.offers
+    assert not engine.denoise.jobs
+    engine.denoise.store.check()
 
 
 @pytest.mark.parametrize("modality", ["img2text", "text2text"])
@@ -225,10 +228,10 @@ def test_a_text_has_no_context(context, modality):
 
 def test_a_given_context_skips_stage_0(context, expected, monkeypatch):
     """The context is computed once more although it is there."""
-    ar, steps = model().engine.ar, []
-    step, submit = ar.step, ar.submit
-    monkeypatch.setattr(ar, "step", lambda: (steps.append("step"), step())[1])
-    monkeypatch.setattr(ar, "submit", lambda prepared: (steps.append("submit"), submit(prepared))[1])
+    stage, steps = model().engine.engine.context, []
+    dispatch, submit = stage._dispatch, stage.submit
+    monkeypatch.setattr(stage, "_dispatch", lambda plan: (steps.append("dispatch"), dispatch(plan))[1])
+    monkeypatch.setattr(stage, "submit", lambda ticket: (steps.append("submit"), submit(ticket))[1])
     result = model().denoise(edit(), context)
     assert not steps
     assert result.prefilled_tokens == result.cached_prefix_tokens == 0
@@ -237,7 +240,7 @@ def test_a_given_context_skips_stage_0(context, expected, monkeypatch):
 
 def test_a_context_skips_stage_1(monkeypatch):
     """Only the context is asked for, and an image is made, or a place for one is waited for."""
-    monkeypatch.setattr(model().engine.dit, "submit", lambda *_: 1 / 0)
+    monkeypatch.setattr(model().engine.engine.denoise, "accept", lambda *_: 1 / 0)
     made = model().context(drawing())
     assert (made.request_id, made.image_shape) == ("drawing", (32, 32))
 
@@ -254,7 +257,7 @@ def test_one_context_serves_many_images(context, expected):
 
 def test_move_to_the_same_device_copies_nothing(context):
     """Where both stages share a device every context is copied once more."""
-    moved = context.move(model().engine.dit.place)
+    moved = context.move(model().engine.engine.denoise.store.placement.pages())
     assert moved.pages.unsafe_buffer_pointer() == context.pages.unsafe_buffer_pointer()
     assert context.move(context.pages.device).pages.unsafe_buffer_pointer() == context.pages.unsafe_buffer_pointer()
     assert moved.request_id == context.request_id
@@ -262,8 +265,9 @@ def test_move_to_the_same_device_copies_nothing(context):
 
 def test_regression_8_one_layout(context):
     """A context is of another layout than the caches of the stages, and is transposed twice on its way."""
-    pages, pools = context.pages, (model().engine.ar.pages, model().engine.dit._state.pages)
-    for pool in pools:
+    engine = model().engine.engine
+    pages = context.pages
+    for pool in (engine.context.store.pages, engine.denoise.store.pages):
         assert (pages.shape[0], *pages.shape[2:]) == (pool.shape[0], *pool.shape[2:])
         assert pages.dtype == pool.dtype
 
@@ -275,9 +279,12 @@ def test_views_share_pages(context):
     np.testing.assert_array_equal(context.length, [plan.cond.length, plan.drop_text.length, plan.drop_image.length])
     np.testing.assert_array_equal(context.rope, [plan.cond.rope, plan.drop_text.rope, plan.drop_image.rope])
     assert context.num_pages <= sum(-(-length // size) for length in (plan.cond.length, plan.drop_image.length))
-    numbers, table = tables([[7, 3, 9], [7, 3], [5]])
-    np.testing.assert_array_equal(numbers, [7, 3, 9, 5])
-    np.testing.assert_array_equal(table, [[0, 1, 2], [0, 1, 0], [3, 0, 0]])
+    store = KVStore(model().placements[0], model().config, size, 9, 0, model().dtype)
+    store.pages = store.pages + np.arange(10, dtype=np.float32)[:, None, None, None, None]
+    views = Views("edit", (32, 32), 1, 2, np.asarray([3, 2, 1]) * size, np.zeros(3, np.int32))
+    exported = Lease(store, views, [[7, 3, 9], [7, 3], [5]]).export()
+    np.testing.assert_array_equal(exported.page_table, [[0, 1, 2], [0, 1, 0], [3, 0, 0]])
+    np.testing.assert_array_equal(exported.pages[0, :, 0, 0, 0, 0], [7, 3, 9, 5])
 
 
 _OTHER_PROCESS = """
@@ -291,9 +298,9 @@ assert len(jax.devices()) == 2
 made = new_model(ar_device=0, dit_device=1)
 context = made.context(edit())
 assert [d.id for d in context.pages.devices()] == [0], context.pages.devices()
-assert [d.id for d in context.move(made.engine.dit.place).pages.devices()] == [1]
-assert [d.id for d in made.engine.ar.pages.devices()] == [0]
-assert [d.id for d in made.engine.dit._state.pages.devices()] == [1]
+stages = made.engine.engine.context, made.engine.engine.denoise
+assert [d.id for d in context.move(stages[1].store.placement.pages()).pages.devices()] == [1]
+assert [[d.id for d in stage.store.pages.devices()] for stage in stages] == [[0], [1]]
 context.save(sys.argv[1] + "/context")
 np.save(sys.argv[1] + "/latents", made.run(edit()).latents)
 """
@@ -303,7 +310,8 @@ np.save(sys.argv[1] + "/latents", made.run(edit()).latents)
 def elsewhere(tmp_path_factory) -> Path:
     """A folder with what a process whose stages are on two devices left there."""
     folder = tmp_path_factory.mktemp("elsewhere")
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "PYTHONPATH": str(Path(__file__).parents[1])}
+    paths = map(str, Path(__file__).parents[:3])  # this file, what it imports, and the package
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "PYTHONPATH": os.pathsep.join(paths)}
     done = process("-c", _OTHER_PROCESS, folder, **flags)
     assert done.returncode == 0, done.stderr
     return folder

@@ -11,7 +11,7 @@ from PIL import Image
 
 from bagel_jax.bagel import Bagel
 from bagel_jax.request import Request
-from bagel_jax.settings import ServingSettings
+from bagel_jax.settings import EngineConfig
 
 SIDES = (64, 128, 256, 512)
 
@@ -51,7 +51,7 @@ def test_random_load(tiny_dir):
     """REGRESSIONS 1, 3, 13, 25, 32, 34: metadata crosses, or a result depends on who else is there."""
     random = np.random.RandomState(0)
     requests = [random_request(i, random) for i in range(64)]
-    model = Bagel.load(tiny_dir, settings=ServingSettings(num_pages=400, ar_max_num_seqs=8, dit_max_num_seqs=3))
+    model = Bagel.load(tiny_dir, settings=EngineConfig(num_pages=400, ar_max_num_seqs=8, dit_max_num_seqs=3))
     handles, finished = [], []
     for request in requests:
         handles.append(model.submit(request))

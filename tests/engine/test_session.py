@@ -29,7 +29,7 @@ def made():
 @pytest.fixture
 def bagel(made):
     """It, with nothing in its prefix cache."""
-    made.engine.ar.scheduler.cache.clear()
+    made.engine.engine.context.store.prefixes.clear()
     return made
 
 
@@ -69,7 +69,7 @@ def test_an_edit_of_a_produced_image_equals_that_of_a_given_one(bagel):
     second = session.draw("make it blue", **STEPS)
     file = io.BytesIO()
     first.image.save(file, "png")
-    bagel.engine.ar.scheduler.cache.clear()
+    bagel.engine.engine.context.store.prefixes.clear()
     inputs = ["a red bench", Image.open(file), "make it blue"]
     given = bagel.generate("img2img", inputs=inputs, seed=6, image_seeds=[5], **STEPS)
     assert given.cached_prefix_tokens == 0
@@ -128,7 +128,7 @@ def test_the_prefix_cache_changes_nothing(bagel):
     results = [session.draw("a red bench", **SIZES, **STEPS), session.draw("make it blue", **STEPS)]
     results += [session.ask("what is it?", max_tokens=6), session.draw("and green", **STEPS)]
     for request, result in zip(session.requests, results, strict=True):
-        bagel.engine.ar.scheduler.cache.clear()
+        bagel.engine.engine.context.store.prefixes.clear()
         alone = bagel.run(request)
         assert alone.cached_prefix_tokens == 0
         assert alone.text == result.text

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from bagel_jax.clock import Span
 from bagel_jax.engine.kv.prefix_cache import Hasher
-from bagel_jax.inputs.prepare import Prepared
-from bagel_jax.layout import KVPrefix, PlacedSegment, Text
+from bagel_jax.engine.ticket import Ticket
+from bagel_jax.layout import KVPrefix, PlacedSegment, Position, Text, behind, place
 
 
 @dataclass(eq=False)
@@ -27,19 +25,29 @@ class Sequence:
     forked: bool = False  # whether what is shared is there (or there is nothing to share)
 
     @property
-    def length(self) -> int:
-        """Tokens of the segments."""
-        return self.segments[-1].kv_end if self.segments else 0
+    def behind(self) -> Position:
+        """Where the first token behind the segments stands."""
+        return behind(self.segments)
 
     @property
-    def rope(self) -> int:
-        """RoPE position behind the segments."""
-        return self.segments[-1].rope + self.segments[-1].segment.rope_advance if self.segments else 0
+    def length(self) -> int:
+        """Tokens of the segments."""
+        return self.behind.place
+
+    @property
+    def fed(self) -> int:
+        """Decoded tokens that have been fed, or are to be prefilled again."""
+        return max(0, len(self.tail) - 1)
+
+    @property
+    def next(self) -> Position:
+        """Where the next token that decoding feeds stands."""
+        return self.behind.after_text(self.fed)
 
     @property
     def target(self) -> int:
         """Tokens that must be computed before it can decode, or is a finished context."""
-        return self.length + max(0, len(self.tail) - 1)
+        return self.next.place
 
     @property
     def missing(self) -> int:
@@ -51,8 +59,13 @@ class Sequence:
         for placed in self.segments:
             if placed.kv_end > self.computed:
                 yield placed
-        if len(self.tail) > 1:
-            yield PlacedSegment(Text(tuple(self.tail[:-1])), self.length, self.rope)
+        if self.fed:
+            yield from place([Text(tuple(self.tail[:-1]))], self.behind)
+
+    def append(self, segment: Text) -> None:
+        """The decoded tokens make way for a segment."""
+        self.computed, self.tail = self.length, []
+        self.segments += place([segment], self.behind)
 
     def reset(self) -> None:
         """Forgets what was computed; the pages must have been released."""
@@ -70,54 +83,53 @@ class Decoding:
     top_k: int
     top_p: float
 
-
-@dataclass
-class Statistics:
-    """What a request cost in stage 0; times are in seconds."""
-
-    submitted: float
-    prefilled_tokens: int = 0
-    cached_tokens: int = 0  # found in the prefix cache
-    decoded_tokens: int = 0
-    preemptions: int = 0
-    time_to_first_token: float | None = None
-    spans: list[Span] = field(default_factory=list)
+    @classmethod
+    def of(cls, request) -> Decoding | None:
+        """A request's; None if it decodes nothing."""
+        if request.makes_image and not request.think:
+            return None
+        s = request.settings
+        return cls(
+            limit=s.max_think_tokens if request.makes_image else s.max_tokens,
+            key=(0, request.seed),  # as `jax.random.key` makes it of 32 bits, without asking the device
+            do_sample=s.do_sample,
+            temperature=s.text_temperature,
+            top_k=s.top_k,
+            top_p=s.top_p,
+        )
 
 
 @dataclass(eq=False)
-class Job:
+class ContextJob:
     """A request in stage 0. Sequence 0 is the full context, and the one that decodes."""
 
-    prepared: Prepared
+    ticket: Ticket
     sequences: list[Sequence]
-    main: KVPrefix
     decoding: Decoding | None
-    stats: Statistics
     ids: list[int] | None = None  # decoded, once decoding is over
-    phase_start: float = 0.0
-    suspect: bool = False  # was in work when the device failed, so it goes on alone
 
     @classmethod
-    def create(cls, prepared: Prepared, decoding: Decoding | None, im_start: int) -> Job:
-        """The job of a prepared request."""
-        hasher = Hasher(prepared)
+    def create(cls, ticket: Ticket, im_start: int) -> ContextJob:
+        """The job of a request; decoding begins with `im_start`."""
+        hasher = Hasher(ticket.prepared)
         sequences: list[Sequence] = []
         whole: list[list[PlacedSegment]] = []  # with what is shared
-        for build in prepared.plan.sequences:
-            source = None if build.copy_from is None else sequences[build.copy_from]
-            before = [p for p in whole[build.copy_from] if p.kv_end <= build.shared] if source else []
-            whole.append([*before, *build.compute])
+        for one in ticket.prepared.plan.sequences:
+            source = None if one.copy_from is None else sequences[one.copy_from]
+            before = [p for p in whole[one.copy_from] if p.kv_end <= one.shared] if source else []
+            whole.append([*before, *one.compute])
             chain = hasher.chain(p.segment for p in whole[-1])
-            sequences.append(Sequence(whole[-1], chain, source, build.shared))
-        job = cls(prepared, sequences, prepared.plan.cond, decoding, Statistics(time.perf_counter()))
-        if decoding is not None:
+            sequences.append(Sequence(whole[-1], chain, source, one.shared))
+        job = cls(ticket, sequences, Decoding.of(ticket.prepared.request))
+        if job.decoding is not None:
             job.sequences[0].tail = [im_start]
         return job
 
     @property
-    def request_id(self) -> str:
-        """The request's."""
-        return self.prepared.request.request_id
+    def prefixes(self) -> tuple[KVPrefix, KVPrefix, KVPrefix]:
+        """What the three branches see; a plan in words that was decoded is part of the full context alone."""
+        plan = self.ticket.prepared.plan
+        return KVPrefix(0, *self.sequences[0].behind), plan.drop_text, plan.drop_image
 
     @property
     def decodes(self) -> bool:
@@ -133,9 +145,3 @@ class Job:
     def finished(self) -> bool:
         """Whether all contexts are there and nothing is to be decoded."""
         return self.decoding is None and self.prefilled
-
-    def end_phase(self, name: str) -> None:
-        """Notes that a phase has ended now and the next one begins."""
-        now = time.perf_counter()
-        self.stats.spans.append(Span.here(name, self.phase_start, now))
-        self.phase_start = now

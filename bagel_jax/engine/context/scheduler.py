@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from bagel_jax.engine.context.jobs import Job, Sequence
-from bagel_jax.engine.kv.pool import PagePool
-from bagel_jax.engine.kv.prefix_cache import PrefixCache
-from bagel_jax.layout import Text, VaeImage, VitImage
-from bagel_jax.settings import ServingSettings
+from bagel_jax.engine.context.jobs import ContextJob, Sequence
+from bagel_jax.engine.kv.store import KVStore
+from bagel_jax.layout import NUM_MARKERS, TEXT, Text, Tokens, VaeImage, VitImage, tokens
+from bagel_jax.settings import EngineConfig
 
 # Texts beside an image's block, and sequences with text to prefill, in one step: few, so that there are few programs.
 TEXT_BESIDE_IMAGE = 64
@@ -19,65 +17,93 @@ MAX_TEXTS = 8
 
 
 @dataclass
-class Piece:
+class TextChunk:
     """Text tokens of one sequence in a step, the markers of an image's block among them."""
 
-    job: Job
+    job: ContextJob
     sequence: Sequence
-    # Of each token: id, place, RoPE position, kv_end.
-    tokens: list[tuple[int, int, int, int]] = field(default_factory=list)
+    parts: list[Tokens]
+
+    @property
+    def count(self) -> int:
+        """Number of its tokens."""
+        return sum(len(part.id) for part in self.parts)
 
 
 @dataclass
-class Image:
-    """An image's block in a step, without its markers."""
+class ImageChunk:
+    """An image's block in a step: what stands between its markers."""
 
-    job: Job
+    job: ContextJob
     sequence: Sequence
     segment: VitImage | VaeImage
-    kv_start: int  # of the first token between the markers
-    kv_end: int  # of the block, markers included
-    rope: int
+    inside: Tokens
 
 
 @dataclass
 class StepPlan:
     """What one step computes."""
 
-    rows: list[Job]
-    pieces: list[Piece]
-    image: Image | None
+    rows: list[ContextJob]
+    texts: list[TextChunk]
+    image: ImageChunk | None
     copies: list[tuple[int, int]]  # pages to copy first: source, target
     tokens: int = 1  # that each row may decode; more than one only where nothing is prefilled
 
-    def count(self, piece: Piece) -> int:
-        """Tokens of a piece's sequence that the step computes, those of an image included."""
-        return _planned(piece, self.image)
+    @property
+    def jobs(self) -> list[ContextJob]:
+        """Whose tokens are computed."""
+        return list(dict.fromkeys([*self.rows, *(chunk.job for chunk in self.texts)]))
+
+    def count(self, chunk: TextChunk) -> int:
+        """Tokens of a chunk's sequence that the step computes, those of an image included."""
+        return _planned(chunk, self.image)
 
 
 class Scheduler:
     """First come, first served; who came last gives way when pages run out, and is computed again later."""
 
-    def __init__(self, pool: PagePool, settings: ServingSettings, markers: tuple[int, int]):
-        self.pool, self.settings, self._markers = pool, settings, markers
-        self.cache = PrefixCache(pool)
-        self.waiting: deque[Job] = deque()
-        self.running: list[Job] = []  # in order of arrival
+    def __init__(self, store: KVStore, settings: EngineConfig, markers: tuple[int, int]):
+        self.store, self.pool, self.settings, self._markers = store, store.pool, settings, markers
+        self.cache = store.prefixes
+        self.waiting: deque[ContextJob] = deque()
+        self.running: list[ContextJob] = []  # in order of arrival
 
-    def plan(self, tokens: int = 1) -> StepPlan:
+    def plan(self, tokens: int, now: float) -> StepPlan:
         """The next step, in which rows may decode as many as `tokens` tokens if there is nothing else to do."""
         copies: list[tuple[int, int]] = []
-        self._admit(copies)
+        self._admit(copies, now)
         rows = [job for job in self.running if job.decodes]
         first = any(len(job.sequences[0].tail) == 1 for job in rows)  # somebody waits for a first token
         if first or len(rows) < len(self.running) or not self._room_for_tokens(rows, tokens):
             tokens = 1
-        self._allocate_tokens(rows, tokens)
+        self._allocate_tokens(rows, tokens, now)
         rows = [job for job in rows if job in self.running]
-        pieces, image = self._prefill(self.settings.max_num_batched_tokens - len(rows), copies)
-        return StepPlan(rows, pieces, image, copies, tokens)
+        texts, image = self._prefill(self.settings.max_num_batched_tokens - len(rows), copies)
+        return StepPlan(rows, texts, image, copies, tokens)
 
-    def release(self, job: Job) -> None:
+    def follow(self, last: StepPlan, tokens: int) -> StepPlan | None:
+        """The step behind one whose results are not known yet; None where it depends on them.
+
+        The same rows decode on; those that have ended by then do nothing. Nobody's pages are taken, and nobody is kept
+        waiting who could be let in.
+        """
+        full = len(self.running) >= self.settings.ar_max_num_seqs
+        live = [job for job in last.rows if job.decodes and job in self.running]
+        if last.texts or not live or len(live) < len(self.running) or (self.waiting and not full):
+            return None
+        if any(not job.sequences[0].fed for job in live):
+            return None  # on a GPU, dispatching waits for the steps of the call before: a first token should not
+        ahead = last.tokens + tokens
+        if all(self._length_after(job, ahead) == self._length_after(job, last.tokens) for job in live):
+            return None  # all will have come to their limits
+        if not self._room_for_tokens(live, ahead):
+            return None
+        for job in live:
+            self.grow(job.sequences[0], self._length_after(job, ahead))
+        return StepPlan(last.rows, [], None, [], tokens)
+
+    def release(self, job: ContextJob) -> None:
         """Gives back all pages of a job and forgets it."""
         for jobs in (self.running, self.waiting):
             if job in jobs:
@@ -95,47 +121,44 @@ class Scheduler:
         """Makes sure that a sequence has pages for `length` tokens; False if there are none left."""
         wanted = self._pages(length) - len(sequence.pages)
         if wanted > 0:
-            pages = self._allocate(wanted)
+            pages = self.store.allocate(wanted)
             if pages is None:
                 return False
             sequence.pages += pages
         return True
 
-    def pages_needed(self, job: Job) -> int:
+    def pages_needed(self, job: ContextJob) -> int:
         """Pages that a job may need in all when it is alone."""
         main, *others = job.sequences
         longest = main.length + (job.decoding.limit if job.decoding is not None else 0)
-        if job.decoding is not None and job.prepared.request.makes_image:
-            longest += 2  # the thought, as a text, has markers
+        if job.decoding is not None and job.ticket.prepared.request.makes_image:
+            longest += NUM_MARKERS  # of the plan, as a text
         count = self._pages(longest)
         for s in others:
             count += self._pages(s.length) - (s.shared // self.settings.page_size if s.source is main else 0)
         return count
 
     def _pages(self, tokens: int) -> int:
-        return -(-tokens // self.settings.page_size)
+        return self.store.count(tokens)
 
-    def _allocate(self, count: int) -> list[int] | None:
-        if count > self.pool.num_free:
-            self.cache.make_room(count)
-        return self.pool.allocate(count)
-
-    def _release_pages(self, job: Job) -> None:
+    def _release_pages(self, job: ContextJob) -> None:
         for sequence in job.sequences:
             self.pool.release(sequence.pages)
             sequence.reset()
 
-    def _admit(self, copies) -> None:
-        suspects = any(job.suspect for job in (*self.running, *self.waiting))
+    def _admit(self, copies, now: float) -> None:
+        suspects = any(job.ticket.suspect for job in (*self.running, *self.waiting))
         while self.waiting and len(self.running) < (1 if suspects else self.settings.ar_max_num_seqs):
             job = self.waiting[0]
             if self._in_work(job) or not self._start(job, copies):
                 break
             self.waiting.popleft()
             self.running.append(job)
-            job.phase_start = time.perf_counter()
+            # Of contexts that were kept whole nothing is computed, and no call says that it has prefilled them: a text
+            # that took no time to decode would have endless tokens a second.
+            job.ticket.enter("prefill" if not job.prefilled else "wait" if job.decoding is None else "decode", now)
 
-    def _in_work(self, job: Job) -> bool:
+    def _in_work(self, job: ContextJob) -> bool:
         """Whether the next image that a job needs is just being computed for another, which is worth waiting for."""
         if not self.settings.prefix_cache:
             return False
@@ -151,7 +174,7 @@ class Scheduler:
             for placed, key in zip(s.segments, s.chain, strict=False)
         )
 
-    def _start(self, job: Job, copies) -> bool:
+    def _start(self, job: ContextJob, copies) -> bool:
         """Finds what is there of a job's contexts and allocates the rest; False if that is too much."""
         started: list[tuple[int, int]] = []
         cached = 0
@@ -164,7 +187,7 @@ class Scheduler:
             whole = there // self.settings.page_size
             held = pages[: whole + 1]
             self.pool.share(held)  # so that making room does not take them
-            fresh = self._allocate(self._pages(sequence.target) - whole)
+            fresh = self.store.allocate(self._pages(sequence.target) - whole)
             if fresh is None:
                 self.pool.release(held)
                 for done in job.sequences:
@@ -180,7 +203,7 @@ class Scheduler:
                 sequence.pages = fresh
             cached += length
         copies += started
-        job.stats.cached_tokens += cached
+        job.ticket.result.cached_prefix_tokens += cached
         return True
 
     def _fork(self, sequence: Sequence, copies) -> bool:
@@ -198,82 +221,81 @@ class Scheduler:
         sequence.computed, sequence.forked = shared, True
         return True
 
-    def _length_after(self, job: Job, tokens: int) -> int:
+    def _length_after(self, job: ContextJob, tokens: int) -> int:
         """Length of a row's sequence when it has decoded `tokens` more, or as many as it may."""
         sequence = job.sequences[0]
         return sequence.computed + min(tokens, job.decoding.limit - len(sequence.tail) + 1)
 
-    def _room_for_tokens(self, rows: list[Job], tokens: int) -> bool:
+    def _room_for_tokens(self, rows: list[ContextJob], tokens: int) -> bool:
         wanted = (self._pages(self._length_after(job, tokens)) - len(job.sequences[0].pages) for job in rows)
         return self.cache.make_room(sum(max(0, count) for count in wanted))
 
-    def _allocate_tokens(self, rows: list[Job], tokens: int) -> None:
+    def _allocate_tokens(self, rows: list[ContextJob], tokens: int, now: float) -> None:
         """Pages for the next tokens of all rows; who came last gives way where there are not enough."""
         for job in rows:
             while job in self.running and not self.grow(job.sequences[0], self._length_after(job, tokens)):
-                self.preempt(self.running[-1])
+                self.preempt(self.running[-1], now)
 
-    def preempt(self, job: Job) -> None:
+    def preempt(self, job: ContextJob, now: float) -> None:
         """Takes a job's pages away; it starts again as soon as there are pages for it."""
         self.release(job)
         self.waiting.appendleft(job)
-        job.stats.preemptions += 1
-        job.end_phase("preempted")
+        job.ticket.enter("preempted", now)
 
-    def start_over(self, ready: Iterable[Job]) -> None:
-        """Everything that was computed is lost, that of finished jobs too: all wait again, in order of arrival."""
-        jobs = [*ready, *self.running, *self.waiting]
-        self.cache.clear()
-        for job in jobs:
+    def start_over(self, jobs: Iterable[ContextJob]) -> None:
+        """Everything that was computed is lost: all wait again, in order of arrival, and those of other `jobs` too."""
+        everybody = [*jobs, *self.running, *self.waiting]
+        for job in everybody:
             self._release_pages(job)
         self.running.clear()
-        self.waiting = deque(sorted(jobs, key=lambda job: job.stats.submitted))
+        self.waiting.clear()
+        self.wait_again(everybody)
 
-    def _prefill(self, budget: int, copies) -> tuple[list[Piece], Image | None]:
+    def wait_again(self, jobs: Iterable[ContextJob]) -> None:
+        """Jobs that have left begin again; all wait in order of arrival."""
+        self.waiting = deque(sorted([*self.waiting, *jobs], key=lambda job: job.ticket.number))
+
+    def _prefill(self, budget: int, copies) -> tuple[list[TextChunk], ImageChunk | None]:
         whole_budget = budget
-        pieces: list[Piece] = []
-        image: Image | None = None
+        texts: list[TextChunk] = []
+        image: ImageChunk | None = None
         spare = TEXT_BESIDE_IMAGE
         for job in self.running:
             for sequence in job.sequences:
-                if budget <= 0 or len(pieces) == MAX_TEXTS:
-                    return pieces, image
+                if budget <= 0 or len(texts) == MAX_TEXTS:
+                    return texts, image
                 if not sequence.missing or not self._fork(sequence, copies):
                     continue
-                piece = Piece(job, sequence)
+                chunk = TextChunk(job, sequence, [])
                 for placed in sequence.remaining():
-                    size = placed.segment.num_tokens
+                    laid = tokens([placed], self._markers)
+                    size = len(laid.id)
                     if isinstance(placed.segment, Text):
-                        start = max(0, sequence.computed + _planned(piece, image) - placed.kv_start)
-                        count = min(size - start, budget, spare if image is not None else budget)
-                        piece.tokens += [
-                            (placed.segment.ids[i], placed.kv_start + i, placed.rope + i, placed.kv_start + i + 1)
-                            for i in range(start, start + count)
-                        ]
+                        start = max(0, sequence.computed + _planned(chunk, image) - placed.kv_start)
+                        # An image larger than the budget leaves less than none, and a slice would count from its end.
+                        count = max(0, min(size - start, budget, spare if image is not None else budget))
+                        chunk.parts.append(laid.of(slice(start, start + count)))
                         budget, spare = budget - count, spare - count
                         if start + count < size:
                             break
                     else:
                         fits = size <= budget or budget == whole_budget
-                        if image is not None or not fits or spare < 2:
+                        if image is not None or not fits or spare < NUM_MARKERS:
                             break
-                        image = Image(job, sequence, placed.segment, placed.kv_start + 1, placed.kv_end, placed.rope)
-                        ends = (placed.kv_start, placed.kv_end - 1)
-                        piece.tokens += [
-                            (marker, place, placed.rope, placed.kv_end)
-                            for marker, place in zip(self._markers, ends, strict=True)
-                        ]
-                        budget, spare = budget - size, spare - 2
-                if piece.tokens:
-                    pieces.append(piece)
-        return pieces, image
+                        marks = laid.kind == TEXT
+                        image = ImageChunk(job, sequence, placed.segment, laid.of(~marks))
+                        chunk.parts.append(laid.of(marks))
+                        budget, spare = budget - size, spare - NUM_MARKERS
+                if chunk.count:
+                    texts.append(chunk)
+        return texts, image
 
 
 def _is_image(placed) -> bool:
     return not isinstance(placed.segment, Text)
 
 
-def _planned(piece: Piece, image: Image | None) -> int:
-    """Tokens of a piece's sequence that the step computes so far."""
-    inside = image.segment.num_tokens - 2 if image is not None and image.sequence is piece.sequence else 0
-    return len(piece.tokens) + inside
+def _planned(chunk: TextChunk, image: ImageChunk | None) -> int:
+    """Tokens of a chunk's sequence that the step computes so far."""
+    inside = image.segment.num_inside if image is not None and image.sequence is chunk.sequence else 0
+    return chunk.count + inside

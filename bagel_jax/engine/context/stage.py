@@ -2,228 +2,190 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+from collections import deque
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import jax
 import numpy as np
 
-from bagel_jax.buckets import bucket, power_of_two
+from bagel_jax.buckets import bucket, padded_grid, power_of_two
+from bagel_jax.config import BagelConfig
 from bagel_jax.engine.context import steps
-from bagel_jax.engine.context.batch import chunk_of, copies_of, rows_of
-from bagel_jax.engine.context.jobs import Decoding, Job, Statistics
-from bagel_jax.engine.context.scheduler import Image, Scheduler, StepPlan
-from bagel_jax.engine.handoff import ContextKV, Failed, branches, tables
-from bagel_jax.engine.kv.pool import PagePool, choose_num_pages
+from bagel_jax.engine.context.batch import decode_batch, page_table, prefill_batch
+from bagel_jax.engine.context.jobs import ContextJob
+from bagel_jax.engine.context.scheduler import ImageChunk, Scheduler, StepPlan
+from bagel_jax.engine.handoff import Lease, Views
+from bagel_jax.engine.kv.store import KVStore
+from bagel_jax.engine.ticket import Done, Event, TextDelta, Ticket
 from bagel_jax.errors import InputError
-from bagel_jax.inputs.prepare import Prepared, latent_positions, vit_positions
+from bagel_jax.inputs.prepare import latent_positions, vit_positions
 from bagel_jax.inputs.tokenizer import Tokenizer
-from bagel_jax.layout import KVPrefix, PlacedSegment, Text, VaeImage
+from bagel_jax.layout import Text, VaeImage
 from bagel_jax.models.weights import Weights
 from bagel_jax.pallas.paged_attention.api import BACKENDS
-from bagel_jax.pallas.paged_attention.pages import empty_pages
-from bagel_jax.settings import ServingSettings, attention_backend
+from bagel_jax.settings import EngineConfig, attention_backend
 
 # Tokens of one context at most; the width of page tables, which every step carries, follows from it.
 MAX_CONTEXT = 32768
-_TOKENS_A_CALL = steps.MAX_CALL
+IN_FLIGHT = 2  # calls: the next one is dispatched before the tokens of the last are read
+_UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # decoded from the first bytes of a letter
 
 
-@dataclass(frozen=True)
-class Tokens:
-    """Tokens that a request has decoded since it was last heard of."""
+@dataclass
+class Call:
+    """A step that was dispatched."""
 
-    request_id: str
-    ids: list[int]
-
-
-@dataclass(frozen=True)
-class Finished:
-    """All contexts of a request are there and all its tokens decoded.
-
-    One that makes an image keeps its pages until its context is taken (`ContextStage.take`); any other has left.
-    """
-
-    request_id: str
-    ids: list[int] | None  # decoded, `<|im_start|>` first and the end token not among them; None: nothing was
-    stats: Statistics
-
-
-Event = Tokens | Finished | Failed
+    plan: StepPlan
+    ready: jax.Array  # the tokens chosen, `[R, tokens]`; where no row decodes, just what is there when the step is done
+    rows: steps.DecodeBatch | None = None  # as they stand then, where the next call may go on with them
+    sampling: Any = None
+    evaluations = 0  # of stage 1
 
 
 class ContextStage:
-    """Builds contexts and decodes text for many requests, step by step.
+    """Builds contexts and decodes text for many requests, call by call.
+
+    No thread, no clock: `run` dispatches, `collect` reads, `now` is only noted.
 
     Args:
-        weights: the model.
+        weights: the model, on the store's placement.
         config: its sizes.
-        dtype: of keys and values.
-        tokenizer: for the marker tokens and the texts of thoughts.
-        settings: see `ServingSettings`.
+        tokenizer: for the marker tokens and the texts of plans.
+        settings: see `EngineConfig`.
+        store: keys and values.
 
     Raises:
-        InputError: the device has no memory for the KV cache, or `pallas` was asked for and takes no such model.
+        InputError: `pallas` was asked for and takes no such model.
     """
 
-    def __init__(self, weights: Weights, config, dtype, tokenizer: Tokenizer, settings: ServingSettings | None = None):
-        self.weights, self.config, self.dtype, self.tokenizer = weights, config, dtype, tokenizer
-        self.settings = settings = settings or ServingSettings()
-        device = weights.device
-        self.program = steps.Program(weights.skeleton, attention_backend(settings.attention, device.platform))
-        count = choose_num_pages(config, settings, dtype, device)
-        self.table_width = min(count - 1, -(-MAX_CONTEXT // settings.page_size))
-        self.scheduler = Scheduler(PagePool(count), settings, (tokenizer.vision_start, tokenizer.vision_end))
-        self.pages = self._empty_pages()
+    def __init__(
+        self, weights: Weights, config: BagelConfig, tokenizer: Tokenizer, settings: EngineConfig, store: KVStore
+    ):
+        self.weights, self.config, self.store = weights, config, store
+        self.tokenizer, self.settings = tokenizer, settings
+        platform = store.placement.platform
+        self.program = steps.ContextProgram(weights.skeleton, attention_backend(settings.attention, platform))
+        self.table_width = min(store.pool.num_pages, -(-MAX_CONTEXT // settings.page_size))
+        self.scheduler = Scheduler(store, settings, tokenizer.special.markers)
         if settings.attention == "pallas":
             c = config.trunk
-            q = jax.ShapeDtypeStruct((1, c.num_heads, c.head_dim), dtype)
-            if not BACKENDS[self.program.backend].supports(q, self.pages):
+            q = jax.ShapeDtypeStruct((1, c.num_heads, c.head_dim), store.dtype)
+            if not BACKENDS[self.program.backend].supports(q, store.pages):
                 raise InputError(
-                    f"attention is 'pallas', whose {device.platform} kernel takes no heads of width {c.head_dim} in "
-                    f"{np.dtype(dtype)} over pages of {settings.page_size}; give auto, which leaves them to XLA"
+                    f"attention is 'pallas', whose {platform} kernel takes no heads of width {c.head_dim} in "
+                    f"{np.dtype(store.dtype)} over pages of {settings.page_size}; give auto, which leaves them to XLA"
                 )
         self.end_token = tokenizer.im_end
-        self.stalled = False  # whether the last step had nothing to do but wait for pages
-        self._ready: dict[str, Job] = {}  # finished, with contexts that nobody has taken yet
-        self._copy([(0, 0)])  # compiled now: the first request may not need it, and the next one should compile nothing
+        self._nothing = store.placement.put(np.zeros(1, np.int32))
+        self.calls: deque[Call] = deque()
+        self.finished: deque[Ticket] = deque()  # with leases of their contexts, which the engine takes from here
 
     @property
     def busy(self) -> bool:
-        """Whether a step would do anything."""
-        return bool(self.scheduler.running or self.scheduler.waiting)
+        """Whether there is anything that is not finished."""
+        return bool(self.calls or self.scheduler.running or self.scheduler.waiting)
 
-    def submit(self, prepared: Prepared) -> None:
-        """Takes a request in; `step` works on it.
+    def submit(self, ticket: Ticket) -> None:
+        """Takes a request in.
 
         Raises:
-            InputError: it could never fit into the pages there are, or its id is taken.
+            InputError: it could never fit into the pages there are.
         """
-        request = prepared.request
-        if any(job.request_id == request.request_id for job in self._jobs()):
-            raise InputError(f"request_id {request.request_id!r} is already in work; each request needs its own")
-        job = Job.create(prepared, self._decoding(request), self.tokenizer.im_start)
+        ticket.context = job = ContextJob.create(ticket, self.tokenizer.im_start)
         reason = self._too_long(job)
         if reason is not None:
             raise InputError(reason)
         self.scheduler.waiting.append(job)
 
-    def pages_needed(self, request_id: str) -> int:
-        """Pages that the contexts of a request in work may need, its text included."""
-        return next(self.scheduler.pages_needed(job) for job in self._jobs() if job.request_id == request_id)
+    def pages_needed(self, ticket: Ticket) -> int:
+        """Pages that the contexts of a request may need, its text included."""
+        return self.scheduler.pages_needed(ticket.context)
 
-    def cancel(self, request_id: str) -> bool:
-        """Drops a request and frees its pages; False if it is not there (any more)."""
-        for job in self._jobs():
-            if job.request_id == request_id:
-                self._release(job)
-                return True
-        return False
+    def drop(self, ticket: Ticket) -> None:
+        """Forgets a request and frees its pages."""
+        self.scheduler.release(ticket.context)
 
-    def take(self, request_id: str) -> ContextKV:
-        """The context of a request that has finished; its pages here are free from now on."""
-        job = self._ready[request_id]
-        plan, prepared = job.prepared.plan, job.prepared
-        views, text_view, img_view = branches(job.main, plan.drop_text, plan.drop_image)
-        size = self.settings.page_size
-        own, table = tables([job.sequences[view.sequence].pages[: -(-view.length // size)] for view in views])
-        numbers = np.zeros(bucket(max(1, len(own)), 1), np.int32)
-        numbers[: len(own)] = own
-        pages = steps.take_pages(self.pages, numbers)
-        self._release(job)
-        length, rope = (np.asarray([getattr(v, name) for v in views], np.int32) for name in ("length", "rope"))
-        return ContextKV(pages, table, length, rope, request_id, prepared.image_size, text_view, img_view)
+    def run(self, now: float) -> bool:
+        """Dispatches the next call, if that does not depend on what is in flight; says whether it did.
 
-    def pages_ready(self, request_id: str) -> int | None:
-        """Pages that a finished request's context has; None if it is not there (yet)."""
-        job = self._ready.get(request_id)
-        return None if job is None else len({page for sequence in job.sequences for page in sequence.pages})
-
-    def step(self) -> list[Event]:
-        """Computes one step; returns what has come of it.
-
-        Where the device fails with several requests in the step, all begin again, those one by one, so that only whose
-        fault it is fails.
+        Raises:
+            CallFailed: the device failed.
         """
-        plan = self.scheduler.plan(_TOKENS_A_CALL)
-        self.stalled = not (plan.rows or plan.pieces)
+        last = self.calls[-1] if self.calls else None
+        if len(self.calls) >= IN_FLIGHT or (last is not None and last.plan.rows and last.rows is None):
+            return False
+        if last is not None and last.rows is not None:
+            plan = self.scheduler.follow(last.plan, steps.MAX_CALL)
+        else:  # what is only prefilled chooses nothing, so all is known of it
+            plan = self.scheduler.plan(steps.MAX_CALL, now)
+        if plan is None or not (plan.jobs or plan.copies or self._found_whole()):
+            return False
         try:
-            events = self._compute(plan)
-        except Exception as error:  # a device fails in any way it likes
-            return self._begin_again(plan, error)
-        for job in [job for job in self.scheduler.running if job.finished]:
-            if job.prepared.request.makes_image:
-                self.scheduler.running.remove(job)
-                self._ready[job.request_id] = job
+            if last is not None and last.rows is not None:
+                self._decode(plan, last.rows, last.sampling)
             else:
-                self._release(job)
-            events.append(Finished(job.request_id, job.ids, job.stats))
-        return events
+                self._dispatch(plan)
+        except Exception as error:  # a device fails in any way it likes, and what prepares a call too
+            raise CallFailed([job.ticket for job in plan.jobs], error) from error
+        return True
 
-    def _compute(self, plan: StepPlan) -> list[Event]:
-        self._copy(plan.copies)
-        chosen = self._dispatch(plan)
-        for piece in plan.pieces:
-            count = plan.count(piece)
-            piece.job.stats.prefilled_tokens += count
-            self.scheduler.computed(piece.sequence, piece.sequence.computed + count)
-        prefilled = [job for job in dict.fromkeys(piece.job for piece in plan.pieces) if job.prefilled]
-        if prefilled:
-            jax.block_until_ready(self.pages)  # a context is there when it is computed, not when it is asked for
-        for job in prefilled:
-            job.end_phase("prefill")
+    def collect(self, now: float) -> list[Event]:
+        """What has come of the oldest call.
+
+        Raises:
+            CallFailed: the device failed.
+        """
+        call = self.calls.popleft()
+        try:
+            chosen = np.asarray(call.ready)
+        except Exception as error:  # a device fails in any way it likes
+            raise CallFailed([job.ticket for job in call.plan.jobs], error) from error
+        for job in dict.fromkeys(chunk.job for chunk in call.plan.texts):
+            if not job.ticket.over and job.prefilled:
+                job.ticket.enter("decode" if job.decoding else "wait", now)
         events: list[Event] = []
-        if chosen is not None:
-            for job, tokens in zip(plan.rows, np.asarray(chosen)[: len(plan.rows), : plan.tokens], strict=True):
-                events += self._decoded(job, tokens.tolist())
+        if call.plan.rows:
+            for job, tokens in zip(call.plan.rows, chosen[: len(call.plan.rows), : call.plan.tokens], strict=True):
+                if job.decoding is not None and not job.ticket.over:
+                    events += self._guarded(job, partial(self._decoded, job, tokens.tolist(), now))
+        for job in [job for job in self.scheduler.running if job.finished]:
+            events += self._guarded(job, partial(self._finish, job, now))
         return events
 
-    def _begin_again(self, plan: StepPlan, error: Exception) -> list[Event]:
-        """After a failure, in which the pages were lost: everybody's contexts are computed anew."""
-        self.pages = self._empty_pages()
-        involved = list(dict.fromkeys([*plan.rows, *(piece.job for piece in plan.pieces)]))
-        self.scheduler.start_over(self._ready.values())
-        self._ready.clear()
-        if len(involved) > 1:
-            for job in involved:
-                job.suspect = True
-            return []
-        for job in involved:
-            self._release(job)
-        return [Failed(job.request_id, error) for job in involved]
+    def _found_whole(self) -> bool:
+        """Whether there are contexts of which nothing was to be computed, since prefixes of them were kept."""
+        return not self.calls and any(job.finished for job in self.scheduler.running)
 
-    def _empty_pages(self) -> jax.Array:
-        c = self.config.trunk
-        shape = c.num_layers, self.scheduler.pool.num_pages + 1, c.num_kv_heads, self.settings.page_size, c.head_dim
-        return self.weights.place(empty_pages(*shape, self.dtype))
+    def _guarded(self, job: ContextJob, function) -> list[Event]:
+        """The events that a request's part of a call gives; whatever is wrong with it fails that request alone."""
+        try:
+            return function()
+        except Exception as error:
+            self.drop(job.ticket)
+            return [Done(job.ticket.request_id, error)]
 
-    def _jobs(self) -> list[Job]:
-        return [*self.scheduler.running, *self.scheduler.waiting, *self._ready.values()]
+    def _finish(self, job: ContextJob, now: float) -> list[Event]:
+        """A request leaves the stage, with its text or with a lease of its context."""
+        ticket, request = job.ticket, job.ticket.prepared.request
+        if not request.makes_image:
+            self.drop(ticket)
+            return [Done(ticket.request_id, ticket.result)]
+        views, prefixes = Views.of(request.request_id, ticket.prepared.image_size, job.prefixes)
+        held = [job.sequences[p.sequence].pages[: self.store.count(p.length)] for p in prefixes]
+        ticket.lease = Lease.hold(self.store, views, held)
+        self.drop(ticket)
+        ticket.enter("wait", now)
+        self.finished.append(ticket)
+        return []
 
-    def _release(self, job: Job) -> None:
-        self._ready.pop(job.request_id, None)
-        self.scheduler.release(job)
-
-    def _decoding(self, request) -> Decoding | None:
-        if request.makes_image and not request.think:
-            return None
-        s = request.settings
-        return Decoding(
-            limit=s.max_think_tokens if request.makes_image else s.max_tokens,
-            key=(0, request.seed),  # as `jax.random.key` makes it of 32 bits, without asking the device
-            do_sample=s.do_sample,
-            temperature=s.text_temperature,
-            top_k=s.top_k,
-            top_p=s.top_p,
-        )
-
-    def _too_long(self, job: Job) -> str | None:
+    def _too_long(self, job: ContextJob) -> str | None:
         size = self.settings.page_size
         longest = max(s.length for s in job.sequences) + (job.decoding.limit if job.decoding is not None else 0)
         if longest > MAX_CONTEXT:
             return f"the request may need {longest} tokens of context; at most {MAX_CONTEXT} are possible"
-        pages, there = self.scheduler.pages_needed(job), self.scheduler.pool.num_pages
+        pages, there = self.scheduler.pages_needed(job), self.store.pool.num_pages
         if pages > there:
             return (
                 f"the request may need {pages} pages of {size} tokens and the KV cache has {there}; raise num_pages to "
@@ -231,78 +193,126 @@ class ContextStage:
             )
         return None
 
-    def _dispatch(self, plan: StepPlan):
-        """Starts the step's program; returns the tokens chosen, `[R, tokens]`, or None where no row decodes."""
-        static, arrays, settings = self.program, self.weights.arrays, self.settings
-        rows = chunk = None
-        if plan.pieces:
-            image = None if plan.image is None else self._embed(plan.image)
-            static = static._replace(latents=plan.image is not None and isinstance(plan.image.segment, VaeImage))
-            chunk = chunk_of(plan, image, settings.page_size, self.table_width)
+    def _dispatch(self, plan: StepPlan) -> None:
+        static, arrays, store = self.program, self.weights.arrays, self.store
+        store.copy(plan.copies)
+        if not plan.jobs:
+            self.calls.append(Call(plan, self._nothing))
+            return
+        if not plan.texts:
+            rows, sampling = decode_batch(plan.rows, power_of_two(len(plan.rows)))
+            # As the rows that a call returns, or the program would be compiled for each of the two.
+            self._decode(plan, store.placement.put(rows), sampling)
+            return
+        image = None if plan.image is None else self._embed(plan.image)
+        static = static._replace(latents=plan.image is not None and isinstance(plan.image.segment, VaeImage))
+        chunk = prefill_batch(plan, image, store.page_size, self.table_width)
         if plan.rows:
-            size = settings.ar_max_num_seqs if plan.pieces else power_of_two(len(plan.rows))
-            rows, sampling = rows_of(plan.rows, size, self.table_width)
-        if rows is None and chunk is None:
-            return None
-        if rows is None:
-            self.pages = steps.prefill(static, arrays, self.pages, chunk)
-            return None
-        if chunk is None:
-            ends = np.int32(self.end_token), np.int32(plan.tokens)
-            chosen, self.pages = steps.decode(static, arrays, self.pages, rows, sampling, *ends)
+            rows, sampling = decode_batch(plan.rows, self.settings.ar_max_num_seqs)
+            table = page_table(plan.rows, len(rows.token), self.table_width)
+            ready, store.pages = steps.mixed(static, arrays, store.pages, rows, table, chunk, sampling)
         else:
-            chosen, self.pages = steps.mixed(static, arrays, self.pages, rows, chunk, sampling)
-        return chosen
+            ready, store.pages = steps.prefill(static, arrays, store.pages, chunk)
+        self.calls.append(Call(plan, ready))
+        for text in plan.texts:
+            count = plan.count(text)
+            text.job.ticket.result.prefilled_tokens += count
+            self.scheduler.computed(text.sequence, text.sequence.computed + count)
 
-    def _copy(self, copies: Sequence[tuple[int, int]]) -> None:
-        for source, target in copies_of(copies):
-            self.pages = steps.copy_pages(self.pages, source, target)
+    def _decode(self, plan: StepPlan, rows: steps.DecodeBatch, sampling) -> None:
+        table = page_table(plan.rows, len(rows.token), self.table_width)
+        ends = np.int32(self.end_token), np.int32(plan.tokens)
+        chosen, rows, self.store.pages = steps.decode(
+            self.program, self.weights.arrays, self.store.pages, rows, table, sampling, *ends
+        )
+        self.calls.append(Call(plan, chosen, rows, sampling))
 
-    def _embed(self, image: Image) -> jax.Array:
+    def _embed(self, chunk: ImageChunk) -> jax.Array:
         """An image's block between its markers, `[N, D]`, padded."""
-        prepared, segment = image.job.prepared, image.segment
+        prepared, segment = chunk.job.ticket.prepared, chunk.segment
         image = prepared.images[segment.image]
         model = self.weights.skeleton, self.weights.arrays
-        count = segment.num_tokens - 2
+        padding = bucket(segment.num_inside, 64) - segment.num_inside
         if isinstance(segment, VaeImage):
-            noise = prepared.posterior_noise[segment.image]
-            positions = latent_positions((segment.rows, segment.columns), self.config)
-            return steps.embed_vae(*model, image.vae_pixels, noise, positions, bucket(count, 64))
-        padding = bucket(count, 64) - count
+            tokens, index = self._encode(image.vae_pixels, prepared.posterior_noise[segment.image])
+            positions = np.pad(latent_positions((segment.rows, segment.columns), self.config), (0, padding))
+            return steps.embed_vae(*model, tokens, np.pad(index, (0, padding), constant_values=-1), positions)
         patches = np.pad(image.vit_patches, ((0, padding), (0, 0)))
         positions = np.pad(vit_positions(image, self.config), (0, padding))
-        return steps.embed_vit(*model, patches, positions, np.int32(count))
+        return steps.embed_vit(*model, patches, positions, np.int32(segment.num_inside))
 
-    def _decoded(self, job: Job, tokens: list[int]) -> list[Event]:
+    def _encode(self, pixels: np.ndarray, noise: np.ndarray) -> tuple[jax.Array, np.ndarray]:
+        """Latent tokens of an image's padded grid, and which of them are the image's, `[N]` int32."""
+        c, size = self.config, np.asarray(pixels.shape[:2], np.int32)
+        # Up: what fills no token any more is seen by the autoencoder nevertheless.
+        rows, columns = padded_grid(*(int(side) for side in -(-size // c.token_pixels)), c.max_latent_size)
+        pixels, noise = (
+            np.pad(x, ((0, rows * unit - x.shape[0]), (0, columns * unit - x.shape[1]), (0, 0)))
+            for x, unit in ((pixels, c.token_pixels), (noise, c.latent_patch_size))
+        )
+        tokens = steps.encode_image(
+            self.weights.skeleton, self.weights.arrays, pixels, noise, size, c.max_latent_size**2
+        )
+        real_rows, real_columns = size // c.token_pixels
+        index = np.arange(real_rows, dtype=np.int32)[:, None] * columns + np.arange(real_columns, dtype=np.int32)
+        return tokens, index.reshape(-1)
+
+    def _decoded(self, job: ContextJob, tokens: list[int], now: float) -> list[Event]:
         """Takes in the tokens that a row chose one after another; what comes behind the end of a text is none."""
-        sequence, stats = job.sequences[0], job.stats
-        if stats.time_to_first_token is None:
-            stats.time_to_first_token = time.perf_counter() - stats.submitted
+        sequence, ticket = job.sequences[0], job.ticket
+        if ticket.result.time_to_first_token is None:
+            ticket.result.time_to_first_token = now - ticket.submitted
         new: list[int] = []
         for token in tokens:
             sequence.computed += 1
-            stats.decoded_tokens += 1
+            ticket.result.decoded_tokens += 1
             if token == self.end_token or len(sequence.tail) >= job.decoding.limit:
-                return [*([Tokens(job.request_id, new)] if new else []), *self._end_text(job)]
+                self._end_text(job, now)
+                return [*self._text(ticket, new), *self._rest(ticket)]
             sequence.tail.append(token)
             new.append(token)
-        return [Tokens(job.request_id, new)]
+        return self._text(ticket, new)
 
-    def _end_text(self, job: Job) -> list[Event]:
-        """A text is over; before an image it becomes part of the context, tokenized anew as officially."""
-        job.decoding, sequence = None, job.sequences[0]
-        job.ids = list(sequence.tail)
-        job.end_phase("decode")
-        if not job.prepared.request.makes_image:
+    def _text(self, ticket: Ticket, ids: list[int]) -> list[Event]:
+        """The text that tokens add; the first bytes of a letter wait for its last."""
+        if not ids:
             return []
-        thought = Text(self.tokenizer.prompt(self.tokenizer.answer(job.ids)))
-        sequence.computed, sequence.tail = sequence.length, []
-        sequence.segments.append(PlacedSegment(thought, sequence.length, sequence.rope))
-        job.main = KVPrefix(0, sequence.length, sequence.rope)
+        ticket.untold += ids
+        text = self.tokenizer.piece(ticket.untold)
+        if text.endswith(_UNFINISHED):
+            text = ""
+        else:
+            ticket.untold.clear()
+        ticket.said += text
+        return [TextDelta(text, len(ids), ticket.request_id)]
+
+    def _rest(self, ticket: Ticket) -> list[Event]:
+        """What an answer ends with that was no whole letter."""
+        text = ticket.result.text
+        if not text.startswith(ticket.said) or text == ticket.said:
+            return []
+        return [TextDelta(text[len(ticket.said) :], 0, ticket.request_id)]
+
+    def _end_text(self, job: ContextJob, now: float) -> None:
+        """A text is over; before an image it becomes part of the context, tokenized anew as officially."""
+        sequence, ticket = job.sequences[0], job.ticket
+        job.decoding, job.ids = None, list(sequence.tail)
+        ticket.result.text = self.tokenizer.answer(job.ids)
+        if not ticket.prepared.request.makes_image:
+            ticket.enter("", now)
+            return
+        ticket.enter("prefill", now)
+        sequence.append(Text(self.tokenizer.prompt(ticket.result.text)))
         reason = self._too_long(job)
         if reason is not None:
-            self._release(job)
-            return [Failed(job.request_id, InputError(reason))]
+            raise InputError(reason)
         if not self.scheduler.grow(sequence, sequence.length):
-            self.scheduler.preempt(job)
-        return []
+            self.scheduler.preempt(job, now)
+
+
+class CallFailed(Exception):
+    """A call failed, whose work it was."""
+
+    def __init__(self, tickets: list[Ticket], error: Exception):
+        super().__init__(str(error))
+        self.tickets, self.error = tickets, error

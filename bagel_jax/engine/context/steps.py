@@ -14,19 +14,20 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from bagel_jax.layout import Position, text_kv_end
 from bagel_jax.models.bagel import BagelModel
 from bagel_jax.models.mot import Block
 from bagel_jax.models.weights import Skeleton
 from bagel_jax.pallas.paged_attention import pages as layout
 from bagel_jax.pallas.paged_attention.api import paged_attention, paged_decode
-from bagel_jax.sampling.tokens import Sampling, choose
+from bagel_jax.sampling.tokens import SamplingParams, choose
 
 # Decoding steps of one call at most, where nothing else is to be done.
 MAX_CALL = 16
 
 
-class Rows(NamedTuple):
-    """R sequences that decode; a row of padding has `done` set."""
+class DecodeBatch(NamedTuple):
+    """R sequences that decode; a row of padding, or one that has ended, has `done` set."""
 
     token: jax.Array  # [R] int32, the token that is fed next
     place: jax.Array  # [R] int32, its place in the sequence
@@ -34,10 +35,15 @@ class Rows(NamedTuple):
     count: jax.Array  # [R] int32, tokens that were fed before it
     limit: jax.Array  # [R] int32, tokens that may be fed in all
     done: jax.Array  # [R] bool
-    page_table: jax.Array  # [R, n] int32
+
+    def after(self, token: jax.Array, end_token: jax.Array) -> DecodeBatch:
+        """The batch when its tokens were fed and those of `token` `[R]` chosen."""
+        place, rope = Position(self.place, self.rope).after_text(1)
+        done = self.done | (token == end_token) | (self.count + 1 >= self.limit)
+        return DecodeBatch(token, place, rope, self.count + 1, self.limit, done)
 
 
-class Chunk(NamedTuple):
+class PrefillBatch(NamedTuple):
     """Tokens to prefill: T of text and markers, then the N of an image's block, if any."""
 
     ids: jax.Array  # [T] int32
@@ -50,7 +56,7 @@ class Chunk(NamedTuple):
     page_table: jax.Array  # [S, n] int32
 
 
-class Program(NamedTuple):
+class ContextProgram(NamedTuple):
     """What is static in a step."""
 
     skeleton: Skeleton
@@ -61,8 +67,10 @@ class Program(NamedTuple):
 program = partial(jax.jit, static_argnames=("static",), donate_argnames=("pages",))
 
 
-def advance(model: BagelModel, pages, rows: Rows | None, chunk: Chunk | None, static: Program):
-    """One step of the trunk; at least one of `rows` and `chunk` is there.
+def advance(
+    model: BagelModel, pages, rows: DecodeBatch | None, page_table, chunk: PrefillBatch | None, static: ContextProgram
+):
+    """One step of the trunk; at least one of `rows`, with their `page_table` `[R, n]`, and `chunk` is there.
 
     Returns:
         Logits `[R, V]` of the rows (None without rows), and the pages.
@@ -72,7 +80,7 @@ def advance(model: BagelModel, pages, rows: Rows | None, chunk: Chunk | None, st
     if rows is not None:
         num_rows = rows.token.shape[0]
         size = layout.page_size(pages)
-        own = jnp.take_along_axis(rows.page_table, rows.place[:, None] // size, axis=1)[:, 0]
+        own = jnp.take_along_axis(page_table, rows.place[:, None] // size, axis=1, mode="clip")[:, 0]
         ids, rope = [rows.token], [rows.rope]
         page, slot = [jnp.where(rows.done, 0, own)], [rows.place % size]
     if chunk is not None:
@@ -86,11 +94,11 @@ def advance(model: BagelModel, pages, rows: Rows | None, chunk: Chunk | None, st
         pages = layout.write(pages, layer, page, slot, kv.k, kv.v)
         outs = []
         if rows is not None:
-            kv_end = jnp.where(rows.done, 0, rows.place + 1)
-            outs.append(paged_decode(q[:num_rows], pages, layer, rows.page_table, kv_end, backend=static.backend))
+            kv_end = jnp.where(rows.done, 0, text_kv_end(rows.place))
+            outs.append(paged_decode(q[:num_rows], pages, layer, page_table, kv_end, backend=static.backend))
         if chunk is not None:
-            where = chunk.page_table, chunk.offsets, chunk.kv_end
-            outs.append(paged_attention(q[num_rows:], pages, layer, *where, backend=static.backend))
+            ragged = chunk.page_table, chunk.offsets, chunk.kv_end
+            outs.append(paged_attention(q[num_rows:], pages, layer, *ragged, backend=static.backend))
         return jnp.concatenate(outs), pages
 
     out, pages = model.trunk(x, rope, attention, pages)
@@ -98,87 +106,96 @@ def advance(model: BagelModel, pages, rows: Rows | None, chunk: Chunk | None, st
 
 
 @program
-def prefill(static: Program, arrays, pages, chunk: Chunk) -> jax.Array:
-    """Writes the keys and values of a chunk; returns the pages."""
-    return advance(static.skeleton.merge(arrays), pages, None, chunk, static)[1]
+def prefill(static: ContextProgram, arrays, pages, chunk: PrefillBatch):
+    """Writes the keys and values of a chunk; returns something small that is there when they are, and the pages."""
+    return chunk.offsets, advance(static.skeleton.merge(arrays), pages, None, None, chunk, static)[1]
 
 
 @program
-def mixed(static: Program, arrays, pages, rows: Rows, chunk: Chunk, sampling: Sampling):
+def mixed(static: ContextProgram, arrays, pages, rows: DecodeBatch, page_table, chunk: PrefillBatch, sampling):
     """One token for each row, and a chunk; returns the tokens chosen next, `[R, 1]`, and the pages."""
-    logits, pages = advance(static.skeleton.merge(arrays), pages, rows, chunk, static)
+    logits, pages = advance(static.skeleton.merge(arrays), pages, rows, page_table, chunk, static)
     return choose(logits, rows.count, sampling)[:, None], pages
 
 
 @program
-def decode(static: Program, arrays, pages, rows: Rows, sampling: Sampling, end_token, steps):
+def decode(
+    static: ContextProgram, arrays, pages, rows: DecodeBatch, page_table, sampling: SamplingParams, end_token, steps
+):
     """Feeds `steps` tokens to each row, fewer where it meets the end token or its limit.
 
     Source: official `generate_text`; so `<|im_start|>`, with which decoding begins, counts as one of the tokens.
 
     Args:
         static, arrays, pages: model and KV.
-        rows: see `Rows`; the page table must hold pages for `steps` tokens more.
-        sampling: see `Sampling`.
+        rows: see `DecodeBatch`.
+        page_table: `[R, n]` int32, with pages for `steps` tokens more.
+        sampling: see `SamplingParams`.
         end_token: scalar.
         steps: scalar, at most `MAX_CALL`.
 
     Returns:
-        The tokens chosen, `[R, MAX_CALL]`, of which each row's are valid up to where it ended, and the pages.
+        The tokens chosen, `[R, MAX_CALL]`, of which each row's are valid up to where it ended; the rows as they stand
+        then, with which the next call can go on; and the pages.
     """
     model = static.skeleton.merge(arrays)
 
     def step(carry):
         i, rows, chosen, pages = carry
-        logits, pages = advance(model, pages, rows, None, static)
+        logits, pages = advance(model, pages, rows, page_table, None, static)
         token = choose(logits, rows.count, sampling)
-        rows = Rows(
-            token=token,
-            place=rows.place + 1,
-            rope=rows.rope + 1,
-            count=rows.count + 1,
-            limit=rows.limit,
-            done=rows.done | (token == end_token) | (rows.count + 1 >= rows.limit),
-            page_table=rows.page_table,
-        )
-        return i + 1, rows, chosen.at[:, i].set(token), pages
+        return i + 1, rows.after(token, end_token), chosen.at[:, i].set(token), pages
 
     chosen = jnp.zeros((rows.token.shape[0], MAX_CALL), jnp.int32)
     carry = jnp.int32(0), rows, chosen, pages
-    _, _, chosen, pages = jax.lax.while_loop(lambda c: (c[0] < steps) & ~c[1].done.all(), step, carry)
-    return chosen, pages
+    _, rows, chosen, pages = jax.lax.while_loop(lambda c: (c[0] < steps) & ~c[1].done.all(), step, carry)
+    return chosen, rows, pages
 
 
 @partial(jax.jit, static_argnames=("skeleton",))
 def embed_vit(skeleton, arrays, patches, position_ids, length) -> jax.Array:
-    """An image's patches `[N, patch patch 3]` -> trunk inputs `[N, D]`; `length` of the N are real."""
+    """An image's patches `[N, patch patch 3]` -> trunk inputs `[N, D]`; `length` of the N are real.
+
+    Compiled for each padded N, of which the published model has 34 up to its 4,900 patches.
+    """
     return skeleton.merge(arrays).embed_vit(patches, position_ids, length)
 
 
-@partial(jax.jit, static_argnames=("skeleton", "size"))
-def embed_vae(skeleton, arrays, pixels, noise, position_ids, size: int) -> jax.Array:
-    """An image's pixels `[H, W, 3]` in [-1, 1] -> its clean latent tokens as trunk inputs, padded to `[size, D]`.
+@partial(jax.jit, static_argnames=("skeleton", "room"))
+def encode_image(skeleton, arrays, pixels, noise, size, room: int) -> jax.Array:
+    """An image's pixels, padded, to clean latent tokens, those of its padding among them.
+
+    Compiled for each padded grid (`buckets.grids`).
 
     Args:
         skeleton, arrays: the model.
-        pixels: the image.
+        pixels: `[H, W, 3]` in [-1, 1], of a whole padded grid.
         noise: `[h, w, C]`, for the posterior sample.
-        position_ids: `[N]`.
-        size: at least N.
+        size: `[2]` int32, height and width of the image in pixels.
+        room: tokens of the largest grid: so `embed_vae` need not be compiled for each grid.
+
+    Returns:
+        `[room, C p²]`: the tokens of the padded grid, row by row, and zeros.
     """
     model = skeleton.merge(arrays)
-    tokens = model.patchify_latents(model.autoencoder.encode(pixels[None], noise[None])[0])
-    x = model.embed_latents(tokens[None], jnp.zeros((1, 1)), position_ids)[0]
-    return jnp.pad(x, ((0, size - x.shape[0]), (0, 0)))
+    tokens = model.patchify_latents(model.autoencoder.encode(pixels[None], noise[None], size)[0])
+    return jnp.pad(tokens, ((0, room - tokens.shape[0]), (0, 0)))
 
 
-@partial(jax.jit, donate_argnames=("pages",))
-def copy_pages(pages, source, target) -> jax.Array:
-    """See `layout.copy_pages`."""
-    return layout.copy_pages(pages, source, target)
+@partial(jax.jit, static_argnames=("skeleton",))
+def embed_vae(skeleton, arrays, tokens, index, position_ids) -> jax.Array:
+    """Clean latent tokens as trunk inputs.
 
+    Compiled for each padded N, of which the published model has 32 up to its 4,096 tokens.
 
-@jax.jit
-def take_pages(pages, numbers) -> jax.Array:
-    """See `layout.take_pages`."""
-    return layout.take_pages(pages, numbers)
+    Args:
+        skeleton, arrays: the model.
+        tokens: what `encode_image` returns.
+        index: `[N]` int32, which of them there are; -1: none, padding.
+        position_ids: `[N]`.
+
+    Returns:
+        `[N, D]`, zeros for padding.
+    """
+    x = skeleton.merge(arrays).embed_latents(tokens[index][None], jnp.zeros((1, 1)), position_ids)[0]
+    return jnp.where(index[:, None] < 0, jnp.zeros((), x.dtype), x)

@@ -2,75 +2,61 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from bagel_jax.clock import Span
-from bagel_jax.engine.handoff import VIEWS, ContextKV
-from bagel_jax.inputs.prepare import Prepared
+from bagel_jax.engine.handoff import Lease
+from bagel_jax.engine.kv.store import VIEWS
+from bagel_jax.engine.ticket import Ticket
 from bagel_jax.sampling.guidance import branches_on
 from bagel_jax.sampling.schedule import Schedule, schedule
-from bagel_jax.sampling.taylorseer import Course
+from bagel_jax.sampling.taylorseer import TaylorState
 
 
 @dataclass(eq=False)
-class Work:
+class DenoiseJob:
     """A request in stage 1."""
 
-    prepared: Prepared
+    ticket: Ticket
     schedule: Schedule
+    lease: Lease
     views: tuple[int, int, int]  # the view of each branch
     length: np.ndarray  # [V]
     rope: np.ndarray  # [V]
-    context: ContextKV
-    page_table: np.ndarray | None = None  # [V, m], pages of the stage's pool, of each view's context and block
-    courses: list[Course] | None = None  # of each view, with TaylorSeer
+    view_pages: list[list[int]]  # of each view's context
     slot: int = 0
-    pages: list[int] = field(default_factory=list)
-    done: int = 0  # evaluations
-    spans: list[Span] = field(default_factory=list)
+    page_table: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.int32))  # [V, m], contexts and blocks
+    taylor: list[TaylorState] | None = None  # of each view, with TaylorSeer
+    done: int = 0  # evaluations that were dispatched
 
     @classmethod
-    def create(cls, prepared: Prepared, context: ContextKV) -> Work:
-        """The work of a request that has not begun."""
-        s = prepared.request.settings
+    def create(cls, ticket: Ticket, lease: Lease) -> DenoiseJob:
+        """The job of a request that has not begun."""
+        s, seen = ticket.prepared.request.settings, lease.views
         times = schedule(s.steps, s.timestep_shift, s.cfg_interval)
-        views = 0, context.text_view, context.img_view
+        views = 0, seen.drop_text, seen.drop_image
+        length, rope, pages = seen.length, seen.rope, lease.view_pages
         if s.taylorseer and not times.guided[0]:
             # Branches that begin later are forecast at other steps than the first, even if they see the same.
-            length, rope, page_table = (
-                np.asarray(x)[list(views)] for x in (context.length, context.rope, context.page_table)
-            )
-            context = dataclasses.replace(context, length=length, rope=rope, page_table=page_table)
+            length, rope, pages = length[list(views)], rope[list(views)], [pages[view] for view in views]
             views = 0, 1, 2
-        length, rope = np.asarray(context.length), np.asarray(context.rope)
-        work = cls(prepared, times, views, length, rope, context)
-        work.restart()
-        return work
-
-    def restart(self) -> None:
-        """Nothing is done yet."""
-        s = self.prepared.request.settings
-        how = s.taylorseer_interval, s.taylorseer_order, s.taylorseer_first
-        self.done, self.courses = 0, [Course(*how) for _ in range(VIEWS)] if s.taylorseer else None
-
-    @property
-    def request_id(self) -> str:
-        """The request's."""
-        return self.prepared.request.request_id
+        job = cls(ticket, times, lease, views, length, rope, pages)
+        if s.taylorseer:
+            settings = s.taylorseer_interval, s.taylorseer_order, s.taylorseer_first
+            job.taylor = [TaylorState(*settings) for _ in range(VIEWS)]
+        return job
 
     @property
     def total(self) -> int:
         """Evaluations in all."""
-        return self.prepared.request.settings.steps - 1
+        return self.ticket.prepared.request.settings.steps - 1
 
     @property
     def tokens(self) -> int:
         """Latent tokens, N."""
-        return len(self.prepared.initial_latent)
+        return len(self.ticket.prepared.initial_latent)
 
     @property
     def text_on(self) -> bool:
@@ -85,15 +71,15 @@ class Work:
 
     def computed(self, views: Iterable[int]) -> tuple[int, ...]:
         """Those of the views that the next evaluation computes; the others are forecast."""
-        return tuple(view for view in views if self.courses is None or self.courses[view].computes)
+        return tuple(view for view in views if self.taylor is None or self.taylor[view].computes)
 
     def steps_alike(self) -> int:
         """How many of the next evaluations compute the same views."""
         views, limit = self.views_on(), self.total - self.done
-        if self.courses is not None:
+        if self.taylor is not None:
             if self.computed(views):
                 return 1
-            limit = min(limit, *(self.courses[view].steps_ahead for view in views))
+            limit = min(limit, *(self.taylor[view].steps_ahead for view in views))
         alike = 1
         while alike < limit and self.views_on(self.done + alike) == views:
             alike += 1
@@ -101,9 +87,9 @@ class Work:
 
     def take(self, count: int) -> None:
         """Notes that `count` evaluations alike were done."""
-        for view in self.views_on() if self.courses is not None else ():
-            self.courses[view].take(count)
+        for view in self.views_on() if self.taylor is not None else ():
+            self.taylor[view].take(count)
         self.done += count
 
     def _on(self, step: int) -> tuple[bool, bool]:
-        return branches_on(self.prepared.request.settings, self.schedule.guided[step])
+        return branches_on(self.ticket.prepared.request.settings, self.schedule.guided[step])

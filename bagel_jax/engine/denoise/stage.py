@@ -2,297 +2,292 @@
 
 from __future__ import annotations
 
-import time
+import contextlib
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bagel_jax.clock import Span
+from bagel_jax.buckets import padded_grid
 from bagel_jax.config import BagelConfig
-from bagel_jax.engine.denoise import steps as loop
-from bagel_jax.engine.denoise.batch import batch_of, forecasts_of, padded_tokens, rows_of
-from bagel_jax.engine.denoise.decoder import decode
-from bagel_jax.engine.denoise.jobs import Work
-from bagel_jax.engine.handoff import VIEWS, ContextKV, Failed
-from bagel_jax.engine.kv.pool import PagePool, context_pages, free_bytes, page_bytes
+from bagel_jax.engine.context.stage import IN_FLIGHT, CallFailed
+from bagel_jax.engine.denoise import decoder, steps
+from bagel_jax.engine.denoise.batch import denoise_batch, denoise_rows, forecasts_of, padded_tokens
+from bagel_jax.engine.denoise.jobs import DenoiseJob
+from bagel_jax.engine.handoff import check_context
+from bagel_jax.engine.kv.store import VIEWS, KVStore, block_pages
+from bagel_jax.engine.ticket import Done, Event, Progress, Ticket
 from bagel_jax.errors import InputError
-from bagel_jax.inputs.prepare import Prepared
+from bagel_jax.inputs.images import to_image
 from bagel_jax.inputs.tokenizer import Tokenizer
 from bagel_jax.models.weights import Weights
-from bagel_jax.pallas.paged_attention.pages import empty_pages
-from bagel_jax.settings import ServingSettings, attention_backend
+from bagel_jax.request import Result
+from bagel_jax.settings import EngineConfig, attention_backend
 
 
-@dataclass(frozen=True)
-class Steps:
-    """How far a request is."""
+@dataclass
+class Call:
+    """Evaluations that were dispatched, or images that are decoded."""
 
-    request_id: str
-    done: int  # evaluations
-    total: int
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """An image is done."""
-
-    request_id: str
-    latents: np.ndarray  # [N, C p²] float32
-    pixels: np.ndarray  # [H, W, 3], about [-1, 1], not clipped
-    spans: list[Span]
+    jobs: list[DenoiseJob]
+    ready: jax.Array  # there when the call is done
+    done: list[int] = field(default_factory=list)  # evaluations of each job by then
+    drawing: Drawing | None = None
+    size: tuple[int, int, bool] = (0, 0, True)  # see `DenoiseStage.size`
+    evaluations: int = 0
+    since: float = 0.0  # when it was dispatched
 
 
-Event = Steps | Drawn | Failed
+@dataclass
+class Drawing:
+    """Images of one padded grid on their way."""
+
+    latents: jax.Array  # [B, M, C p²]
+    pixels: jax.Array | None  # [B, H, W, 3], padded; None: in tiles, once the latents are there
 
 
 class DenoiseStage:
     """Denoises the images of several requests together.
 
-    Args:
-        weights: the model, on this stage's device.
-        config: its sizes.
-        dtype: of contexts.
-        tokenizer: for the marker tokens.
-        settings: see `ServingSettings`.
+    No thread, no clock: `accept` takes a request in, `run` dispatches, `collect` reads, `now` is only noted.
 
-    Raises:
-        InputError: the device has no memory for so many contexts.
+    Args:
+        weights: the model, on the store's placement.
+        config: its sizes.
+        tokenizer: for the marker tokens.
+        settings: see `EngineConfig`.
+        store: keys and values; the pages behind `first_block` are this stage's, so many a slot.
     """
 
-    def __init__(self, weights: Weights, config: BagelConfig, dtype, tokenizer: Tokenizer, settings: ServingSettings):
-        self.weights, self.config, self.settings = weights, config, settings
-        self.backend = attention_backend(settings.attention, weights.device.platform)
-        self._markers = np.asarray([tokenizer.vision_start, tokenizer.vision_end], np.int32)
-        slots = settings.dit_max_num_seqs
+    def __init__(
+        self, weights: Weights, config: BagelConfig, tokenizer: Tokenizer, settings: EngineConfig, store: KVStore
+    ):
+        self.weights, self.config, self.settings, self.store = weights, config, settings, store
+        self.backend = attention_backend(settings.attention, store.placement.platform)
+        self.markers = np.asarray(tokenizer.special.markers, np.int32)
+        self.slots: list[DenoiseJob | None] = [None] * settings.dit_max_num_seqs
         self._largest = config.max_latent_size**2  # tokens
-        largest = context_pages(config, settings.page_size) + VIEWS * self._block_pages(self._largest)
-        self._num_pages = slots * largest + 1
-        affordable = free_bytes(weights.device, 0.9) // page_bytes(config, settings.page_size, dtype)
-        if self._num_pages > affordable:
-            raise InputError(
-                f"dit_max_num_seqs is {slots}, for which stage 1 needs {self._num_pages} pages; the device has "
-                f"room for {affordable} beside all else, so give a smaller one"
-            )
-        self._pool = PagePool(self._num_pages)
-        self._dtype = dtype
-        self._state = self._empty_state()
-        self._slots: list[Work | None] = [None] * slots
-        self._suspects: list[Work] = []  # one of them made the device fail; they go on one by one
-        self._pace: dict[tuple, float] = {}  # seconds an evaluation takes, by rows and tokens
+        self._block = block_pages(self._largest, settings.page_size)
+        self.calls: deque[Call] = deque()
+        self.reset()
+
+    @property
+    def jobs(self) -> list[DenoiseJob]:
+        """Requests in work."""
+        return [job for job in self.slots if job is not None]
 
     @property
     def busy(self) -> bool:
-        """Whether a step would do anything."""
-        return bool(self._works() or self._suspects)
+        """Whether there is anything that is not finished."""
+        return bool(self.calls or self.jobs)
 
     @property
-    def place(self) -> jax.sharding.Sharding:
-        """Where contexts must be."""
-        return self.weights.arrays[0].sharding
+    def size(self) -> tuple[int, int, bool]:
+        """What the time of the next evaluation depends on: rows, tokens, whether some are forecast."""
+        jobs = self.jobs
+        rows = len(denoise_rows(jobs, len(self.slots)).slot)
+        return rows, padded_tokens(jobs, self.config) if jobs else 0, all(job.taylor is None for job in jobs)
 
     @property
-    def free_slots(self) -> int:
-        """Requests that can join now."""
-        return 0 if self._suspects else self._slots.count(None)
+    def lost(self) -> bool:
+        """Whether a program that failed had been given arrays that all later ones need."""
+        return self.latents.is_deleted() or self.store.pages.is_deleted()
 
-    @property
-    def free_pages(self) -> int:
-        """Pages that are free for contexts."""
-        return self._pool.num_free
-
-    def pages_needed(self, prepared: Prepared, context_pages: int) -> int:
-        """Pages that a request takes up here, for a context of so many and the blocks of its views.
+    def check(self, ticket: Ticket, pages: int) -> None:
+        """That a request with a context of so many pages could be taken in.
 
         Raises:
-            InputError: there are not so many.
+            InputError: it could not, or the context that was given is not its own.
         """
-        pages = context_pages + VIEWS * self._block_pages(len(prepared.initial_latent))
-        if pages > self._pool.num_pages:
+        if ticket.given is not None:
+            check_context(ticket.given, ticket.request_id, ticket.prepared.image_size, self.store)
+        elif pages > self.store.pool.num_pages:
             raise InputError(
                 f"the request needs {pages} pages of {self.settings.page_size} tokens in stage 1, which has "
-                f"{self._pool.num_pages}; give a shorter prompt or raise dit_max_num_seqs"
+                f"{self.store.pool.num_pages}; give a shorter prompt or raise dit_max_num_seqs"
             )
-        return pages
 
-    def _block_pages(self, tokens: int) -> int:
-        """Pages for a view's own block of so many latents, with the end of its context before it."""
-        return -(-(tokens + 2) // self.settings.page_size) + 1
-
-    def submit(self, prepared: Prepared, context: ContextKV) -> None:
-        """Takes a request in, for which there must be room.
+    def accept(self, ticket: Ticket, now: float) -> bool:
+        """Takes over a request's context and gives it a slot, where there is room; says whether it did.
 
         Raises:
-            InputError: the context is another request's, or of a model or a cache of other sizes.
+            Exception: the context cannot be taken over; then everything is as before.
         """
-        self._check_context(prepared, context)
-        self._start(Work.create(prepared, context))
+        if None not in self.slots or not self._reserve(ticket):
+            return False
+        job = DenoiseJob.create(ticket, ticket.lease)
+        job.slot = self.slots.index(None)
+        self._lay_blocks(job)
+        noise = np.zeros(self.latents.shape[1:], np.float32)
+        noise[: job.tokens] = ticket.prepared.initial_latent
+        self.latents = steps.join(self.latents, np.int32(job.slot), noise)
+        self.slots[job.slot], ticket.denoise = job, job
+        ticket.enter("denoise", now)
+        return True
 
-    def cancel(self, request_id: str) -> bool:
-        """Drops a request; False if it is not there (any more)."""
-        for work in self._works():
-            if work.request_id == request_id:
-                self._release(work)
-                return True
-        for work in self._suspects:
-            if work.request_id == request_id:
-                self._suspects.remove(work)
-                return True
-        return False
+    def drop(self, ticket: Ticket) -> None:
+        """Forgets a request and lets go of its context."""
+        job, ticket.denoise = ticket.denoise, None
+        if job is not None and self.slots[job.slot] is job:
+            self.slots[job.slot] = None
+            job.lease.release()
+            ticket.lease = None
 
-    def step(self, seconds: float | None = None) -> list[Event]:
-        """Takes all requests as many evaluations further as need the same rows, or as fit into about `seconds`.
+    def run(self, evaluations: int | None, now: float) -> bool:
+        """Takes all requests as many evaluations further as need the same rows, at most so many; says whether it did.
 
-        What fails in company is begun again alone, so that only whose fault it is fails.
+        Images of those that are done then are decoded right behind.
+
+        Raises:
+            CallFailed: the device failed.
         """
-        if not self._works() and self._suspects:
-            self._start(self._suspects.pop(0))
-        works = self._works()
+        jobs = self.jobs
+        if not jobs or sum(call.drawing is None for call in self.calls) >= IN_FLIGHT:
+            return False
         try:
-            return self._advance(works, seconds)
-        except Exception as error:  # a device fails in any way it likes, and the others of the batch are to go on
-            self._state = self._empty_state()
-            for work in works:
-                self._release(work)
-                work.restart()
-            if len(works) == 1:
-                return [Failed(works[0].request_id, error)]
-            self._suspects += works
-            return []
+            self._denoise(jobs, evaluations, now)
+            self._draw([job for job in jobs if job.done == job.total])
+        except Exception as error:  # a device fails in any way it likes
+            raise CallFailed([job.ticket for job in jobs], error) from error
+        return True
 
-    def _works(self) -> list[Work]:
-        return [work for work in self._slots if work is not None]
+    def collect(self, now: float) -> list[Event]:
+        """What has come of the oldest call.
 
-    def _advance(self, works: Sequence[Work], seconds: float | None) -> list[Event]:
-        if not works:
-            return []
-        started = time.perf_counter()
-        steps = self._denoise(works, seconds)
-        ended = time.perf_counter()
-        for work in works:
-            work.take(steps)
-            work.spans.append(Span.here("denoise", started, ended))
-        events: list[Event] = [Steps(work.request_id, work.done, work.total) for work in works]
-        return events + self._finish([work for work in works if work.done == work.total])
+        Raises:
+            CallFailed: the device failed.
+        """
+        call = self.calls.popleft()
+        jobs = [job for job in call.jobs if not job.ticket.over]
+        try:
+            if call.drawing is not None:
+                drawn = self._drawn(call)
+                return [Done(job.ticket.request_id, outcome) for job, outcome in drawn if not job.ticket.over]
+            call.ready.block_until_ready()
+        except Exception as error:
+            raise CallFailed([job.ticket for job in jobs], error) from error
+        done = {id(job): count for job, count in zip(call.jobs, call.done, strict=True)}
+        for job in jobs:
+            if done[id(job)] == job.total:
+                job.ticket.enter("pixels", now)
+        return [Progress(done[id(job)], job.total, job.ticket.request_id) for job in jobs]
 
-    def _denoise(self, works: Sequence[Work], seconds: float | None) -> int:
-        """Takes the requests further; returns by how many evaluations."""
-        slots, count = len(self._slots), padded_tokens(works, self.config)
-        rows, ahead = rows_of(works, slots), forecasts_of(works, slots)
-        steps = min(work.steps_alike() for work in works)
-        key = len(rows.slot), count, ahead is None
-        if seconds is not None:
-            steps = min(steps, max(1, int(seconds / self._pace.get(key, seconds))))
-        self._state = self._with_terms(works, count)
-        batch = batch_of(works, slots, count, self.config, self._markers)
-        static = loop.Program(self.weights.skeleton, self.backend, count)
-        started = time.perf_counter()
-        state = loop.denoise(static, self.weights.arrays, self._state, batch, rows, ahead, np.int32(steps))
-        self._state = jax.block_until_ready(state)
-        pace = (time.perf_counter() - started) / steps
-        self._pace[key] = min(pace, self._pace.get(key, pace))  # the first time, it compiles
-        return steps
+    def reset(self) -> None:
+        """Drops everything that is in work and in flight, after a failure."""
+        for job in self.jobs:
+            self.drop(job.ticket)
+        self.calls.clear()
+        shape = len(self.slots), self._largest, self.config.latent_dim
+        self.latents = self.store.placement.put(jnp.zeros(shape))
+        self._terms: jax.Array | None = None
 
-    def _finish(self, done: Sequence[Work]) -> list[Event]:
-        """Images of finished requests, those of one size decoded together."""
-        events: list[Event] = []
-        by_grid: dict[tuple[int, int], list[tuple[Work, np.ndarray]]] = {}
-        latents = np.asarray(self._state.latents) if done else None
-        for work in done:
-            mine = latents[work.slot, : work.tokens].copy()
-            self._release(work)
-            if np.isfinite(mine).all():
-                by_grid.setdefault(work.prepared.latent_grid, []).append((work, mine))
-            else:
-                problem = "the latents are not finite; the weights or the settings are unusable"
-                events.append(Failed(work.request_id, FloatingPointError(problem)))
-        for grid, group in by_grid.items():
+    def _reserve(self, ticket: Ticket) -> bool:
+        """Takes hold of a request's context on this stage's store; False: there is no room for it."""
+        if ticket.given is not None:
+            ticket.lease = ticket.given.lease(self.store)
+        else:
+            ticket.lease = ticket.lease.moved(self.store) or ticket.lease
+        return ticket.lease is not None and ticket.lease.store is self.store
+
+    def _lay_blocks(self, job: DenoiseJob) -> None:
+        """Gives each view pages for its block, which begins in a copy of the page with which its context ends."""
+        size, blocks, copies = self.settings.page_size, self._block, []
+        width = max(map(len, job.view_pages)) + block_pages(job.tokens, size)
+        job.page_table = np.zeros((len(job.view_pages), width), np.int32)
+        for view, (pages, length) in enumerate(zip(job.view_pages, job.length, strict=True)):
+            first = self.store.first_block + (job.slot * VIEWS + view) * blocks
+            whole, rest = divmod(int(length), size)
+            job.page_table[view, :whole] = pages[:whole]
+            own = np.arange(first, first + block_pages(job.tokens, size))[: width - whole]
+            job.page_table[view, whole : whole + len(own)] = own
+            if rest:
+                copies.append((pages[whole], first))
+        self.store.copy(copies)
+
+    def _denoise(self, jobs: list[DenoiseJob], evaluations: int | None, now: float) -> None:
+        slots, count = len(self.slots), padded_tokens(jobs, self.config)
+        rows, ahead = denoise_rows(jobs, slots), forecasts_of(jobs, slots)
+        number = min(job.steps_alike() for job in jobs)
+        if evaluations is not None:
+            number = min(number, max(1, evaluations))
+        batch = denoise_batch(jobs, slots, count, self.config, self.markers)
+        static = steps.DenoiseProgram(self.weights.skeleton, self.backend, count)
+        state = steps.DenoiseState(self.latents, self.store.pages, self._room_for_terms(jobs, count))
+        state, ready = steps.denoise(static, self.weights.arrays, state, batch, rows, ahead, np.int32(number))
+        self.latents, self.store.pages, self._terms = state
+        for job in jobs:
+            job.take(number)
+        size = len(rows.slot), count, ahead is None
+        self.calls.append(Call(jobs, ready, [job.done for job in jobs], size=size, evaluations=number, since=now))
+
+    def _draw(self, jobs: Sequence[DenoiseJob]) -> None:
+        """Starts decoding finished requests' latents, those of one padded grid together.
+
+        Their slots and contexts are free from now on: what is dispatched later comes later on the device too.
+        """
+        limit = self.config.max_latent_size
+        groups: dict[tuple[int, int], list[DenoiseJob]] = {}
+        for job in jobs:
+            groups.setdefault(padded_grid(*job.ticket.prepared.latent_grid, limit), []).append(job)
+        for padded, alike in groups.items():
+            for group in decoder.groups(alike):
+                slots = np.asarray([job.slot for job in group], np.int32)
+                grids = [job.ticket.prepared.latent_grid for job in group]
+                latents, pixels = steps.leave(self.latents, slots), None
+                if not (self.settings.vae_tiling and max(map(max, grids)) > decoder.TILE):
+                    pixels = decoder.start(self.weights, latents, grids, padded)
+                self.calls.append(
+                    Call(list(group), latents if pixels is None else pixels, drawing=Drawing(latents, pixels))
+                )
+        for job in jobs:
+            self.slots[job.slot] = None
+            job.lease.release()
+            job.ticket.lease = None
+
+    def _drawn(self, call: Call) -> list[tuple[DenoiseJob, Result | Exception]]:
+        """The images that were decoded together; where that failed, each is decoded alone."""
+        grids = [job.ticket.prepared.latent_grid for job in call.jobs]
+        latents = np.asarray(call.drawing.latents)
+        images: list[np.ndarray | None] = [None] * len(grids)
+        if call.drawing.pixels is not None:
+            # One after another where it fails, so that whoever it was, the others have an image.
+            with contextlib.suppress(Exception):
+                images = decoder.cropped(np.asarray(call.drawing.pixels, np.float32), grids, self.config.token_pixels)
+        outcomes = []
+        for i, (job, pixels) in enumerate(zip(call.jobs, images, strict=True)):
             try:
-                events += self._decode(grid, group)
-            except Exception:  # whoever it was, the others of that size have an image
-                for one in group:
-                    try:
-                        events += self._decode(grid, [one])
-                    except Exception as error:
-                        events.append(Failed(one[0].request_id, error))
-        return events
+                if pixels is None:
+                    one = latents[i, : job.tokens]
+                    tiled = self.settings.vae_tiling
+                    (pixels,) = decoder.decode(
+                        self.weights, [one], [grids[i]], self.config.max_latent_size, tiled=tiled
+                    )
+                outcome = self._result(job.ticket, latents[i, : job.tokens].copy(), pixels)
+            except Exception as error:
+                outcome = error
+            outcomes.append((job, outcome))
+        return outcomes
 
-    def _decode(self, grid: tuple[int, int], group: Sequence[tuple[Work, np.ndarray]]) -> list[Event]:
-        started = time.perf_counter()
-        tokens = np.stack([mine for _, mine in group])
-        images = decode(self.weights, tokens, grid, tiled=self.settings.vae_tiling)
-        spent = Span.here("pixels", started, time.perf_counter())
-        return [
-            Drawn(work.request_id, mine, pixels, [*work.spans, spent])
-            for (work, mine), pixels in zip(group, images, strict=True)
-        ]
+    def _result(self, ticket: Ticket, latents: np.ndarray, pixels: np.ndarray) -> Result:
+        for part, numbers in (("latents", latents), ("pixels", pixels)):
+            if not np.isfinite(numbers).all():
+                raise FloatingPointError(f"the {part} are not finite; the weights or the settings are unusable")
+        ticket.result.latents, ticket.result.image = latents, to_image(pixels)
+        return ticket.result
 
-    def _check_context(self, prepared: Prepared, context: ContextKV) -> None:
-        request_id = prepared.request.request_id
-        if context.request_id != request_id:
-            raise InputError(f"the context is of request {context.request_id!r}; it must be that of {request_id!r}")
-        if context.image_shape != prepared.image_size:
-            raise InputError(
-                f"the context of {request_id!r} is for an image of {context.image_shape}; the request makes one of "
-                f"{prepared.image_size}"
-            )
-        ours, theirs = self._state.pages.shape, context.pages.shape
-        if (ours[0], *ours[2:]) != (theirs[0], *theirs[2:]):
-            raise InputError(
-                f"the context of {request_id!r} has pages of {[theirs[0], *theirs[2:]]}; this model and page_size "
-                f"{self.settings.page_size} need {[ours[0], *ours[2:]]}"
-            )
-
-    def _start(self, work: Work) -> None:
-        """Gives a request a slot, with its noise, and pages, with its context and room for the blocks of its views."""
-        size, context = self.settings.page_size, work.context
-        shared = np.asarray(context.page_table)
-        own, blocks = context.num_pages, self._block_pages(work.tokens)
-        pages = self._pool.allocate(own + blocks * len(shared))
-        if pages is None:
-            raise RuntimeError(f"a context of {own} pages was given where {self._pool.num_free} are free")
-        numbers = np.zeros(context.pages.shape[1], np.int32)
-        numbers[:own] = pages[:own]
-        work.page_table = np.zeros((len(shared), shared.shape[1] + blocks), np.int32)
-        source, target = np.zeros((2, VIEWS), np.int32)
-        for view, length in enumerate(work.length):
-            block = pages[own + blocks * view :][:blocks]
-            whole = length // size
-            work.page_table[view, :whole] = numbers[shared[view, :whole]]
-            work.page_table[view, whole : whole + blocks] = block
-            if length % size:
-                source[view], target[view] = numbers[shared[view, whole]], block[0]
-        noise = np.zeros(self._state.latents.shape[1:], np.float32)
-        noise[: work.tokens] = work.prepared.initial_latent
-        work.slot, work.pages = self._slots.index(None), pages
-        cache = self.weights.place(context.pages)
-        self._state = loop.join(self._state, np.int32(work.slot), noise, numbers, cache, source, target)
-        self._slots[work.slot] = work
-
-    def _release(self, work: Work) -> None:
-        self._slots[work.slot] = None
-        self._pool.release(work.pages)
-
-    def _with_terms(self, works: Sequence[Work], count: int) -> loop.DenoiseState:
-        """The state with room for the expansions of all requests that forecast, or without any if none does."""
-        orders = [work.prepared.request.settings.taylorseer_order for work in works if work.courses is not None]
-        old = self._state.terms
+    def _room_for_terms(self, jobs: Sequence[DenoiseJob], count: int) -> jax.Array | None:
+        """Room for the expansions of all requests that forecast; None where none does."""
+        orders = [job.ticket.prepared.request.settings.taylorseer_order for job in jobs if job.taylor is not None]
+        old = self._terms
         if not orders:
-            return self._state._replace(terms=None)
+            return None
         there = (0, 0) if old is None else (old.shape[2], old.shape[3])
         wanted = max(there[0], 1 + max(orders)), max(there[1], count)
         if wanted == there:
-            return self._state
-        shape = len(self._slots), VIEWS, *wanted, self.config.trunk.hidden_size
-        terms = self.weights.place(jnp.zeros(shape, self._dtype))
-        if old is not None:
-            terms = terms.at[:, :, : there[0], : there[1]].set(old)
-        return self._state._replace(terms=terms)
-
-    def _empty_state(self) -> loop.DenoiseState:
-        c, slots = self.config.trunk, self.settings.dit_max_num_seqs
-        shape = c.num_layers, self._num_pages, c.num_kv_heads, self.settings.page_size, c.head_dim
-        latents = jnp.zeros((slots, self._largest, self.config.latent_dim))
-        return loop.DenoiseState(*self.weights.place((latents, empty_pages(*shape, self._dtype))), None)
+            return old
+        shape = len(self.slots), VIEWS, *wanted, self.config.trunk.hidden_size
+        terms = self.store.placement.put(jnp.zeros(shape, self.store.dtype))
+        return terms if old is None else terms.at[:, :, : there[0], : there[1]].set(old)

@@ -14,7 +14,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bagel_jax.engine.handoff import VIEWS
+from bagel_jax.engine.kv.store import VIEWS
+from bagel_jax.layout import NUM_MARKERS, block_kv_end
 from bagel_jax.models.bagel import BagelModel
 from bagel_jax.models.weights import Skeleton
 from bagel_jax.pallas.paged_attention import pages as layout
@@ -23,7 +24,7 @@ from bagel_jax.sampling.guidance import Guidance, combine
 from bagel_jax.sampling.taylorseer import Forecasts, expand, update
 
 
-class Program(NamedTuple):
+class DenoiseProgram(NamedTuple):
     """What is static in a call."""
 
     skeleton: Skeleton
@@ -40,7 +41,7 @@ class DenoiseState(NamedTuple):
     terms: jax.Array | None
 
 
-class Batch(NamedTuple):
+class DenoiseBatch(NamedTuple):
     """What a call must know of each of Q requests."""
 
     active: jax.Array  # [Q] bool
@@ -50,13 +51,13 @@ class Batch(NamedTuple):
     tokens: jax.Array  # [Q] int32, real latent tokens
     position_ids: jax.Array  # [Q, N] int32
     text_on: jax.Array  # [Q] bool, whether there is guidance during the call
-    text_view: jax.Array  # [Q] int32, the view of the branch without the last text
-    img_view: jax.Array  # [Q] int32, the view of the branch without images
+    drop_text: jax.Array  # [Q] int32, the view of the branch without the last text
+    drop_image: jax.Array  # [Q] int32, the view of the branch without images
     guidance: Guidance  # [Q] each
     markers: jax.Array  # [2] int32, token ids of a block's markers
 
 
-class Rows(NamedTuple):
+class DenoiseRows(NamedTuple):
     """The R views that the trunk computes in every step of a call."""
 
     slot: jax.Array  # [R] int32, which request; Q: a row of padding
@@ -66,35 +67,45 @@ class Rows(NamedTuple):
     page_table: jax.Array  # [R, n] int32, of its context and of its own block behind it
 
 
-def rows_hidden(model: BagelModel, static: Program, latents, step, pages, batch: Batch, rows: Rows):
+def rows_hidden(
+    model: BagelModel, static: DenoiseProgram, latents, step, pages, batch: DenoiseBatch, rows: DenoiseRows
+):
     """The hidden states of all rows at their requests' steps `[Q]`, `[R, N, D]`, and the pages."""
     slot = jnp.minimum(rows.slot, batch.step.shape[0] - 1)
-    number = jnp.arange(2 + static.tokens)
-    own = jnp.where(rows.slot == slot, 2 + batch.tokens[slot], 0)  # tokens of the row's block
+    number = jnp.arange(NUM_MARKERS + static.tokens)  # of the block's tokens, the markers first
+    real = rows.slot == slot
+    kv_end = jnp.where(real, block_kv_end(rows.length, batch.tokens[slot]), 0)
     place = rows.length[:, None] + number
     page = jnp.take_along_axis(rows.page_table, place // layout.page_size(pages), axis=1, mode="clip")
-    page = jnp.where(number < own[:, None], page, 0).reshape(-1)  # page 0 is for what is nobody's
-    where = page, (place % layout.page_size(pages)).reshape(-1)
-    kv_end = jnp.where(own > 0, rows.length + own, 0)
+    page = jnp.where(place < kv_end[:, None], page, 0).reshape(-1)  # page 0 is for what is nobody's
+    cells = page, (place % layout.page_size(pages)).reshape(-1)
 
     def attention(layer, q, kv, pages):
-        pages = layout.write(pages, layer, *where, *(x.reshape(-1, *x.shape[2:]) for x in kv))
+        pages = layout.write(pages, layer, *cells, *(x.reshape(-1, *x.shape[2:]) for x in kv))
         return paged_blocks(q, pages, layer, rows.page_table, kv_end, backend=static.backend), pages
 
-    about = batch.timesteps[slot, step[slot]], batch.position_ids[slot], batch.markers, rows.rope
-    return model.noised_hidden(latents[slot], *about, attention, pages)
+    timestep = batch.timesteps[slot, step[slot]]
+    return model.noised_hidden(
+        latents[slot], timestep, batch.position_ids[slot], batch.markers, rows.rope, attention, pages
+    )
 
 
-def _guided(v, batch: Batch):
+def _guided(v, batch: DenoiseBatch):
     """Velocities `[Q, V, N, C p²]` of all views -> the guided ones `[Q, N, C p²]`."""
     number = jnp.arange(v.shape[0])
-    main, text, img = v[:, 0], v[number, batch.text_view], v[number, batch.img_view]
+    main, text, img = v[:, 0], v[number, batch.drop_text], v[number, batch.drop_image]
     guided = jax.vmap(combine)(main, text, img, batch.guidance)
     return jnp.where(batch.text_on[:, None, None], guided, main)
 
 
 def one_step(
-    model: BagelModel, static: Program, state: DenoiseState, i, batch: Batch, rows: Rows, ahead: Forecasts | None
+    model: BagelModel,
+    static: DenoiseProgram,
+    state: DenoiseState,
+    i,
+    batch: DenoiseBatch,
+    rows: DenoiseRows,
+    ahead: Forecasts | None,
 ) -> tuple[jax.Array, DenoiseState]:
     """Evaluation number `i` of a call; returns the guided velocities `[Q, N, C p²]` and the state after it."""
     count, requests = static.tokens, state.latents.shape[0]
@@ -104,9 +115,9 @@ def one_step(
         hidden, pages = rows_hidden(model, static, latents, step, pages, batch, rows)
         v = v.at[rows.slot, rows.view].set(model.velocity(hidden), mode="drop")
         if ahead is not None:
-            mine = rows.slot, rows.view
-            new = update(terms[*mine, :, :count], hidden, ahead.known[mine], ahead.distance[mine])
-            terms = terms.at[*mine, :, :count].set(new, mode="drop")
+            cell = rows.slot, rows.view
+            new = update(terms[*cell, :, :count], hidden, ahead.known[cell], ahead.distance[cell])
+            terms = terms.at[*cell, :, :count].set(new, mode="drop")
     if ahead is not None:
         forecast = model.velocity(expand(terms[:, :, :, :count], ahead.distance + i))
         v = jnp.where(ahead.forecast[..., None, None], forecast, v)
@@ -119,33 +130,37 @@ def one_step(
 
 @partial(jax.jit, static_argnames=("static",), donate_argnames=("state",))
 def denoise(
-    static: Program, arrays, state: DenoiseState, batch: Batch, rows: Rows, ahead: Forecasts | None, steps
-) -> DenoiseState:
+    static: DenoiseProgram,
+    arrays,
+    state: DenoiseState,
+    batch: DenoiseBatch,
+    rows: DenoiseRows,
+    ahead: Forecasts | None,
+    steps,
+) -> tuple[DenoiseState, jax.Array]:
     """Takes every active request `steps` evaluations further.
 
     Which rows are computed is the same in all of them; so with TaylorSeer (`ahead`) a computed step is a call of its
     own, while one call may hold several forecast steps.
+
+    Returns:
+        The state, and each request's number of evaluations `[Q]`, which is there when the call is done.
     """
     model = static.skeleton.merge(arrays)
 
     def step(i, state):
         return one_step(model, static, state, i, batch, rows, ahead)[1]
 
-    return jax.lax.fori_loop(0, steps, step, state)
+    return jax.lax.fori_loop(0, steps, step, state), batch.step + steps
 
 
-@partial(jax.jit, donate_argnames=("state",))
-def join(state: DenoiseState, slot, noise, numbers, pages, source, target) -> DenoiseState:
-    """The state with one request more.
+@partial(jax.jit, donate_argnames=("latents",))
+def join(latents, slot, noise) -> jax.Array:
+    """Latents `[Q, M, C p²]` with the noise `[M, C p²]` of one request more, in its slot."""
+    return latents.at[slot].set(noise)
 
-    Args:
-        state: the state.
-        slot: where the request's latents go.
-        noise: `[M, C p²]`, with which it begins.
-        numbers: `[n]` int32, pages that the context's `pages` `[L, n, K, 2, page, E]` become; 0: padding.
-        pages: see `numbers`.
-        source, target: `[V]` int32, pages that are copied after that: each view's block begins in a copy of the page
-            with which its context ends.
-    """
-    mine = layout.copy_pages(layout.put_pages(state.pages, numbers, pages), source, target)
-    return state._replace(latents=state.latents.at[slot].set(noise), pages=mine)
+
+@jax.jit
+def leave(latents, slots) -> jax.Array:
+    """The latents of some requests, `[B, M, C p²]`: a copy, since what it is of is given to the next call."""
+    return latents[slots]

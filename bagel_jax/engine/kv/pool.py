@@ -1,20 +1,10 @@
-"""Pages of the KV cache, on the host: who holds which, and how many there should be."""
+"""Pages of the KV cache, on the host: who holds which."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-
-from bagel_jax.config import BagelConfig
-from bagel_jax.errors import InputError
-from bagel_jax.settings import ServingSettings
-
-# Tokens of text that a context is expected to have at most, the answer included, when pages are counted automatically.
-_TEXT_TOKENS = 2048
 
 
 class PagePool:
@@ -24,6 +14,13 @@ class PagePool:
     """
 
     def __init__(self, num_pages: int):
+        self._reset(num_pages)
+
+    def reset(self) -> None:
+        """Nobody holds anything."""
+        self._reset(len(self._holders))
+
+    def _reset(self, num_pages: int) -> None:
         self._holders = np.zeros(num_pages, np.int32)
         self._holders[0] = 1
         self._free = np.arange(num_pages - 1, 0, -1, dtype=np.int32)
@@ -64,52 +61,3 @@ class PagePool:
         freed = held[self._holders[held] == 0]
         self._free[self._num_free : self._num_free + len(freed)] = freed
         self._num_free += len(freed)
-
-
-def context_pages(config: BagelConfig, page_size: int) -> int:
-    """Pages of the largest context that counts when pages are counted automatically: an edit of the largest image."""
-    image = (config.max_latent_size**2 + 2) + (config.max_vit_patches**2 + 2)
-    return -(-(image + _TEXT_TOKENS) // page_size)
-
-
-def page_bytes(config: BagelConfig, page_size: int, dtype) -> int:
-    """Bytes of one page in all layers."""
-    c = config.trunk
-    return c.num_layers * c.num_kv_heads * 2 * page_size * c.head_dim * jnp.dtype(dtype).itemsize
-
-
-def free_bytes(device: jax.Device, share: float) -> int:
-    """A share of a device's free memory; on a CPU a quarter of the machine's."""
-    stats = device.memory_stats() or {}
-    if "bytes_limit" in stats:
-        return int(share * (stats["bytes_limit"] - stats["bytes_in_use"]))
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
-
-
-def choose_num_pages(config: BagelConfig, settings: ServingSettings, dtype, device: jax.Device) -> int:
-    """The number of pages that the settings give, or else one that suits the device, page 0 included.
-
-    That is enough for as many of the largest contexts as may be in work at once, or what memory allows. On a TPU or
-    GPU, pages may take 60 % of what the weights have left, so that there is room for stage 1; on a CPU a quarter of the
-    machine's memory.
-
-    Raises:
-        InputError: there is no memory for so many pages, or not even for one.
-    """
-    wanted = settings.ar_max_num_seqs * context_pages(config, settings.page_size) + 1
-    budget = free_bytes(device, 0.6)
-    a_page = page_bytes(config, settings.page_size, dtype)
-    affordable = budget // a_page
-    if affordable < 2:
-        raise InputError(
-            f"the device has {budget} bytes left for the KV cache, and a page of {settings.page_size} tokens takes "
-            f"{a_page}; give a smaller page_size or a larger device"
-        )
-    if settings.num_pages is None:
-        return min(wanted, affordable)
-    if settings.num_pages > affordable:
-        raise InputError(
-            f"num_pages is {settings.num_pages}, of {a_page} bytes each; the device has room for {affordable} beside "
-            "all else, so give a smaller one"
-        )
-    return settings.num_pages

@@ -72,6 +72,11 @@ class PrefixCache:
         self._pool = pool
         self._kept: OrderedDict[bytes, _Kept] = OrderedDict()
 
+    @property
+    def pages(self) -> set[int]:
+        """All pages that are kept."""
+        return {page for kept in self._kept.values() for page in kept.pages}
+
     def find(self, chain: Sequence[bytes]) -> tuple[list[int], int]:
         """Pages and number of tokens of the longest prefix that is there; the pages stay the cache's."""
         for i in range(len(chain) - 1, -1, -1):

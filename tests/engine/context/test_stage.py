@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 from dense import view_of
-from serving import cache_of, context_of, logits_of, poison, prefilled, serve, with_segments
+from serving import (
+    cache_of,
+    cancel,
+    context_of,
+    finish,
+    logits_of,
+    poison,
+    prefilled,
+    serve,
+    step,
+    submit,
+    tokens_a_call,
+    turn,
+    with_segments,
+)
 from small import CONFIG, model, new_stage, random_image
 
 from bagel_jax.engine.context import stage as stage_module
 from bagel_jax.engine.context import steps
-from bagel_jax.engine.context.batch import chunk_of
+from bagel_jax.engine.context.batch import prefill_batch
+from bagel_jax.engine.ticket import Done
 from bagel_jax.errors import InputError
 from bagel_jax.layout import Text, VaeImage, VitImage
 from bagel_jax.request import Request
@@ -48,6 +64,14 @@ def answer(stage, **settings):
 def close(a, b, length=None, start=0):
     for x, y in zip(a, b, strict=True):
         np.testing.assert_allclose(x[:, start:length], y[:, start:length], rtol=1e-4, atol=1e-5)
+
+
+@contextmanager
+def at_most(in_flight: int):
+    """So many calls may be in flight."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stage_module, "IN_FLIGHT", in_flight)
+        yield
 
 
 @pytest.mark.parametrize("block", [VIT, VAE], ids=["vit", "vae"])
@@ -104,11 +128,11 @@ def test_text_is_causal_and_images_are_not(stage, edit):
 def test_regression_29_padded_prompt_tokens_are_not_attended():
     """An answer depends on how far its prompt was padded, and with what."""
     stage = new_stage()
-    stage.submit(question())
-    plan = stage.scheduler.plan()
-    (piece,) = plan.pieces
-    count, arrays = len(piece.tokens), stage.weights.arrays
-    chunk = chunk_of(plan, None, stage.settings.page_size, stage.table_width)
+    submit(stage, question())
+    plan = stage.scheduler.plan(steps.MAX_CALL, 0.0)
+    (text,) = plan.texts
+    count, arrays, store = text.count, stage.weights.arrays, stage.store
+    chunk = prefill_batch(plan, None, store.page_size, stage.table_width)
     assert len(chunk.ids) > count
     caches = []
     for more, rubbish in ((0, 0), (0, 9), (16, 5)):
@@ -124,8 +148,8 @@ def test_regression_29_padded_prompt_tokens_are_not_attended():
             kv_end=padded(chunk.kv_end, 0),
             offsets=np.where(chunk.offsets == len(chunk.ids), len(chunk.ids) + more, chunk.offsets),
         )
-        stage.pages = steps.prefill(stage.program, arrays, stage.pages, wider)
-        caches.append(cache_of(stage, piece.job, count))
+        _, store.pages = steps.prefill(stage.program, arrays, store.pages, wider)
+        caches.append(cache_of(stage, text.job, count))
     for other in caches[1:]:
         close(caches[0], other, count)
 
@@ -164,7 +188,7 @@ def test_shared_prefix_equals_a_cache_of_its_own(page_size):
     made = model().prepare(Request.create("img2img", inputs=["a red", random_image(), "a blue clock"]))
     assert made.plan.sequences[1].copy_from == 0
     (finished,) = serve(new_stage(page_size=page_size), made).values()
-    main, img = (view_of(finished.context, view) for view in (0, finished.context.img_view))
+    main, img = (view_of(finished.context, view) for view in (0, finished.context.drop_image))
     texts = [p.segment for p in made.plan.sequences[0].compute if isinstance(p.segment, Text)]
     close(img, context_of(new_stage(), made, texts), made.plan.drop_image.length)
     close(
@@ -179,14 +203,14 @@ def test_regression_9_length_advances_once_a_token(stage, edit):
     length = job.sequences[0].length
     lengths = []
     for _ in range(3):
-        stage.step()
+        step(stage)
         sequence = job.sequences[0]
         lengths.append(sequence.computed)
         assert sequence.computed == length + len(sequence.tail) - 1
     assert lengths == sorted(set(lengths))
-    fed = [Text((*job.prepared.plan.sequences[0].compute[0].segment.ids, *sequence.tail[:-1]))]
+    fed = [Text((*job.ticket.prepared.plan.sequences[0].compute[0].segment.ids, *sequence.tail[:-1]))]
     own = cache_of(stage, job, sequence.computed)
-    stage.cancel("question")
+    cancel(stage, job.ticket)
     close(own, context_of(stage, edit, fed))
 
 
@@ -195,7 +219,7 @@ def test_decoding_is_greedy(stage):
     ids = answer(stage, max_tokens=9)
     job = prefilled(stage, question(max_tokens=9))
     logits = logits_of(stage, job, ids)
-    stage.cancel("question")
+    cancel(stage, job.ticket)
     assert logits.argmax(-1)[:-1].tolist() == ids[1:]
 
 
@@ -210,34 +234,35 @@ def test_decoding_begins_with_its_marker_and_stops_before_the_end():
     assert answer(stage, max_tokens=12) == ids[:at]
 
 
-def test_limits_hold_for_any_number_of_tokens(monkeypatch):
+def test_limits_hold_for_any_number_of_tokens():
     """An answer depends on how many tokens are decoded in one call, or passes its limit."""
     whole = answer(new_stage(), max_tokens=19)
     assert len(whole) == 19
     for call in (1, 3, steps.MAX_CALL):
-        monkeypatch.setattr(stage_module, "_TOKENS_A_CALL", call)
-        assert answer(new_stage(), max_tokens=19) == whole
-        assert answer(new_stage(), max_tokens=7) == whole[:7]
-        assert answer(new_stage(), max_tokens=1) == whole[:1]
+        for limit in (19, 7, 1):
+            stage = new_stage()
+            tokens_a_call(stage, call)
+            assert answer(stage, max_tokens=limit) == whole[:limit]
 
 
 def test_the_first_token_does_not_wait_for_others():
     """A stream starts with many tokens at once."""
     stage = new_stage()
     prefilled(stage, question(max_tokens=19))
-    assert [len(event.ids) for event in stage.step()] == [1]
-    assert [len(event.ids) for event in stage.step()] == [steps.MAX_CALL]
+    assert [event.tokens for event in turn(stage)] == [1]
+    assert [event.tokens for event in turn(stage)] == [steps.MAX_CALL]
 
 
-def test_sampling_depends_on_the_seed_alone(monkeypatch):
+def test_sampling_depends_on_the_seed_alone():
     """A sampled answer cannot be repeated, or all seeds give the same one, or those of batch mates get in."""
     stage, hot = new_stage(), {"do_sample": True, "text_temperature": 5.0, "max_tokens": 12}
     one, two, again = (answer(stage, seed=seed, **hot) for seed in (1, 2, 1))
     assert one == again != two
     together = serve(stage, *(question(request_id=i, seed=i, **hot) for i in (1, 2, 3)))
     assert [together["1"].ids, together["2"].ids] == [one, two]
-    monkeypatch.setattr(stage_module, "_TOKENS_A_CALL", 5)
-    assert answer(stage, seed=1, **hot) == one
+    few = new_stage()
+    tokens_a_call(few, 5)
+    assert answer(few, seed=1, **hot) == one
     greedy = answer(stage, max_tokens=12)
     assert answer(stage, max_tokens=12, seed=9, text_temperature=5.0) == greedy != one
     assert answer(stage, **hot | {"text_temperature": 1e-4}, seed=9) == greedy
@@ -253,7 +278,8 @@ def test_contexts_hold_what_pages_do(edit):
         (finished,) = serve(stage, with_segments(edit, [Text(ids[:length])])).values()
         context = finished.context
         assert context.num_pages == -(-length // 64)
-        assert context.num_pages <= context.pages.shape[1] <= context.num_pages * 9 / 8
+        # A power of two, so that few programs take pages out.
+        assert context.pages.shape[1] == 1 << (context.num_pages - 1).bit_length()
         poison(stage)  # whoever comes next
         close(view_of(context), context_of(new_stage(), edit, [Text(ids[:length])]))
     made = model().prepare(Request.create("text2img", "a red bench", think=True, max_think_tokens=300))
@@ -267,3 +293,186 @@ def test_pallas_that_takes_no_such_model():
         InputError, match=r"attention is 'pallas', whose cpu kernel takes no heads of width 8 in float32"
     ):
         new_stage(attention="pallas")
+
+
+def ended_in_flight(stage, made):
+    """Serves requests; returns their answers, and how many calls held a row that had ended in the call before."""
+    tickets = [submit(stage, one) for one in made]
+    count, now = 0, 0.0
+    while stage.busy:
+        while stage.run(now):
+            pass
+        before = [job for call in list(stage.calls)[1:] for job in call.plan.rows if job.decoding is not None]
+        stage.collect(now)
+        count += sum(job.decoding is None for job in before)
+    return [ticket.context.ids for ticket in tickets], count
+
+
+def test_a_row_ends_in_the_call_in_flight():
+    """An answer that ends while the next call is on its way grows a tail, or its neighbours' answers change."""
+    made = [question("a red bench" * (i + 1), request_id=i, max_tokens=limit) for i, limit in enumerate((60, 60, 33))]
+    gone = serve(new_stage(), *made)
+    usual = [gone[one.request.request_id].ids for one in made]
+    assert [len(ids) for ids in usual] == [60, 60, 33]
+    # One of them ends where it would say some word for the first time, as all do then.
+    at = next(i for i in range(4, 60) if usual[0][i] not in usual[0][:i])
+    end = usual[0][at]
+    wanted = [ids[: ids.index(end)] if end in ids else ids for ids in usual]
+    stage = new_stage()
+    stage.end_token = end
+    answers, in_flight = ended_in_flight(stage, made)
+    assert answers == wanted
+    assert in_flight > 0
+    stage.store.check()
+
+
+def test_the_plan_of_an_image_ends_in_the_call_in_flight():
+    """What a call wrote behind the end of a plan in words gets into the context of the image."""
+    think = {"think": True, "max_think_tokens": 40}
+    made = model().prepare(Request.create("text2img", "a red bench", request_id="think", **think))
+    other = question(max_tokens=90)
+    (alone,) = serve(new_stage(), made).values()
+    at = next(i for i in range(4, 40) if alone.ids[i] not in alone.ids[:i])
+    wanted, together = new_stage(), new_stage()
+    wanted.end_token = together.end_token = alone.ids[at]
+    with at_most(1):
+        (wanted,) = serve(wanted, made).values()
+    together = serve(together, made, other)["think"]
+    assert together.ids == wanted.ids == alone.ids[:at]
+    close(view_of(together.context), view_of(wanted.context))
+    assert together.context.length.tolist() == wanted.context.length.tolist()
+
+
+@pytest.mark.parametrize("settings", [{}, {"num_pages": 16, "page_size": 16, "prefix_cache": False}])
+def test_calls_in_flight_change_nothing(settings):
+    """An answer depends on whether the next call was on its way before it was read."""
+    image = random_image()
+    made = [question("a red bench", request_id="short", max_tokens=3), question("why", request_id="one", max_tokens=1)]
+    made += [question("two zebras", request_id="long", max_tokens=70, do_sample=True, text_temperature=3.0)]
+    made += [model().prepare(Request.create("img2text", "what", image, request_id="image", max_tokens=20))]
+    think = {"think": True, "max_think_tokens": 18, "request_id": "think"}
+    if not settings:
+        made += [model().prepare(Request.create("text2img", "a red bench", **think))]
+    outcomes = []
+    for in_flight in (1, 2):
+        with at_most(in_flight):
+            stage = new_stage(**settings)
+            poison(stage)
+            outcomes.append(serve(stage, *made))
+            stage.store.check()
+    one, two = outcomes
+    assert {key: served.ids for key, served in one.items()} == {key: served.ids for key, served in two.items()}
+    assert {key: served.result.text for key, served in one.items()} == {
+        key: served.result.text for key, served in two.items()
+    }
+    if "think" in one:
+        for view in range(len(one["think"].context.length)):
+            close(view_of(one["think"].context, view), view_of(two["think"].context, view))
+
+
+def test_pages_of_a_cancelled_row_are_used_at_once():
+    """A row cancelled while its call is on its way writes into pages that are somebody else's by then."""
+    made = [question("a red bench", request_id=0, max_tokens=140), question("why", request_id=1, max_tokens=140)]
+    wanted = serve(new_stage(), made[0])["0"].ids
+    stage = new_stage(page_size=16, num_pages=14, prefix_cache=False)
+    poison(stage)
+    stays, goes = (submit(stage, one) for one in made)
+    while len(goes.context.sequences[0].pages) < 5:
+        turn(stage)
+    (in_flight,) = stage.calls
+    assert in_flight.plan.rows == [stays.context, goes.context]
+    freed = set(goes.context.sequences[0].pages)
+    cancel(stage, goes)
+    assert stage.run(0.0)  # goes on with the rows in flight, of which one is nobody's now
+    assert set(stays.context.sequences[0].pages) & freed
+    while stage.busy:
+        turn(stage)
+    assert stays.context.ids == wanted
+    stage.store.check()
+
+
+def test_a_newcomer_gets_the_pages_of_a_cancelled_row():
+    """The next request's prompt is overwritten by a row that was cancelled before."""
+    first, second = question("a red bench", max_tokens=60), question("two zebras " * 8, request_id="new", max_tokens=9)
+    wanted = serve(new_stage(), second)["new"].ids
+    for turns in (0, 1, 2):
+        stage = new_stage(page_size=16, num_pages=8, prefix_cache=False)
+        poison(stage)
+        job = prefilled(stage, first)
+        for _ in range(turns):
+            turn(stage)
+        while stage.run(0.0):
+            pass
+        assert stage.calls
+        freed = set(job.sequences[0].pages)
+        cancel(stage, job.ticket)
+        ticket = submit(stage, second)
+        while not ticket.context.sequences[0].pages:
+            turn(stage)
+        assert set(ticket.context.sequences[0].pages) & freed
+        assert finish(stage, ticket)["new"].ids == wanted
+        stage.store.check()
+
+
+def test_no_call_goes_beyond_all_limits():
+    """The device decodes tokens that nobody asked for, and the next request waits for them."""
+    stage = new_stage()
+    job = prefilled(stage, question(max_tokens=1 + 2 * steps.MAX_CALL))
+    assert stage.run(0.0)
+    assert not stage.run(0.0)  # nothing comes between a first token and whoever waits for it
+    stage.collect(0.0)
+    assert stage.run(0.0)
+    assert stage.run(0.0)
+    assert [call.plan.tokens for call in stage.calls] == [steps.MAX_CALL, steps.MAX_CALL]
+    assert not stage.run(0.0)  # two in flight are all
+    stage.collect(0.0)
+    assert not stage.run(0.0)  # what is in flight ends it
+    (done,) = [event for event in stage.collect(0.0) if isinstance(event, Done)]
+    assert done.outcome.decoded_tokens == 1 + 2 * steps.MAX_CALL
+    assert len(job.ids) == 1 + 2 * steps.MAX_CALL
+    assert not stage.busy
+
+
+def test_nobody_waits_for_calls_that_go_on():
+    """A new request is let in only when those in work have ended, though there is room for it."""
+    stage = new_stage(ar_max_num_seqs=2)
+    prefilled(stage, question(max_tokens=200))
+    turn(stage)
+    new = submit(stage, question("why", request_id="new", max_tokens=2))
+    while stage.run(0.0):
+        pass
+    turns = 0
+    while not new.result.decoded_tokens:
+        turn(stage)
+        turns += 1
+    assert turns <= 4  # those in flight, its prompt, its first token
+
+
+@pytest.mark.parametrize("modality", ["text2img", "img2img"])
+def test_a_context_found_whole_is_finished(modality):
+    """A request whose contexts are all kept from another one waits for ever: no call has anything to compute."""
+    image = [random_image()] if modality == "img2img" else []
+    made = model().prepare(Request.create(modality, "a red bench", *image, request_id="again"))
+    stage = new_stage()
+    first = serve(stage, made)["again"]
+    assert first.result.prefilled_tokens > 0
+    again = serve(stage, made)["again"]
+    assert (again.result.prefilled_tokens, again.result.cached_prefix_tokens) == (0, first.result.prefilled_tokens)
+    for view in range(len(first.context.length)):
+        close(view_of(again.context, view), view_of(first.context, view))
+    # Beside one that decodes, and twice at once.
+    twin = dataclasses.replace(made, request=dataclasses.replace(made.request, request_id="twin"))
+    together = serve(stage, question(max_tokens=40), made, twin)
+    assert set(together) == {"question", "again", "twin"}
+    assert together["twin"].result.prefilled_tokens == 0
+    stage.store.check()
+
+
+def test_a_prompt_found_whole_takes_time_to_answer():
+    """A question asked again is answered at a thousand million tokens a second."""
+    stage, made = new_stage(), question(max_tokens=40)
+    first, again = (serve(stage, made)["question"] for _ in range(2))
+    assert [span.phase for span in first.ticket.spans] == ["prefill", "decode"]
+    assert again.result.prefilled_tokens == 0
+    assert [span.phase for span in again.ticket.spans] == ["decode"]
+    assert again.ids == first.ids

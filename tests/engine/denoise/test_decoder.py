@@ -10,9 +10,11 @@ import pytest
 from small import CONFIG, weights
 
 from bagel_jax.engine.denoise import decoder
-from bagel_jax.engine.denoise.decoder import decode, starts
+from bagel_jax.engine.denoise.decoder import starts
+from bagel_jax.errors import InputError
 
-UNIT = CONFIG.token_pixels
+UNIT, LIMIT = CONFIG.token_pixels, CONFIG.max_latent_size
+NO_MODEL = types.SimpleNamespace(skeleton=None, arrays=None)
 
 
 def latents(count: int, rows: int, columns: int, seed: int = 0) -> np.ndarray:
@@ -21,15 +23,25 @@ def latents(count: int, rows: int, columns: int, seed: int = 0) -> np.ndarray:
     return np.random.RandomState(seed).standard_normal(shape).astype(np.float32)
 
 
+def decode(weights, tokens, grid, *, tiled=False) -> np.ndarray:
+    """Images of one size, `[B, H, W, 3]`."""
+    return np.stack(decoder.decode(weights, tokens, [grid] * len(tokens), LIMIT, tiled=tiled))
+
+
 @pytest.fixture
 def tiles(monkeypatch):
-    """Sets the sides of tiles and of overlaps, and lists the grids that are decoded from then on."""
+    """Sets the sides of tiles and of overlaps, and lists the grids of what is decoded from then on."""
 
     def small(tile: int, overlap: int, run=None) -> list[tuple[int, int]]:
         seen, real = [], run or decoder.decode_latents
         monkeypatch.setattr(decoder, "TILE", tile)
         monkeypatch.setattr(decoder, "OVERLAP", overlap)
-        monkeypatch.setattr(decoder, "decode_latents", lambda *args: (seen.append(args[-1]), real(*args))[1])
+
+        def seeing(skeleton, arrays, tokens, size):
+            seen.extend(map(tuple, size))
+            return real(skeleton, arrays, tokens, size)
+
+        monkeypatch.setattr(decoder, "decode_latents", seeing)
         return seen
 
     return small
@@ -38,11 +50,15 @@ def tiles(monkeypatch):
 def linear(channels: int = 3):
     """A stand-in for the decoder that sees no more than its own token: pixels are the token's first values."""
 
-    def run(skeleton, arrays, tokens, grid):
-        cells = np.asarray(tokens)[..., :channels].reshape(len(tokens), *grid, channels)
-        return cells.repeat(UNIT, axis=1).repeat(UNIT, axis=2)
+    def run(skeleton, arrays, tokens, size):
+        return np.asarray(tokens)[..., :channels].repeat(UNIT, axis=1).repeat(UNIT, axis=2)
 
     return run
+
+
+def whole(tokens, grid) -> np.ndarray:
+    """What `linear` makes of images in one piece."""
+    return linear()(None, None, tokens.reshape(len(tokens), *grid, -1), None)
 
 
 def test_several_at_once_equal_one_by_one():
@@ -53,6 +69,32 @@ def test_several_at_once_equal_one_by_one():
     for i in range(3):
         np.testing.assert_allclose(together[i], decode(weights(), tokens[i : i + 1], (5, 3))[0], rtol=1e-4, atol=1e-4)
     assert np.abs(together[0] - together[1]).max() > 0.1
+
+
+def test_sizes_in_one_call():
+    """An image depends on those of other sizes that are decoded with it, or has their size."""
+    grids = [(5, 8), (8, 5), (6, 6), (7, 8), (8, 8), (5, 5), (1, 2)]
+    tokens = [latents(1, *grid, seed=i)[0] for i, grid in enumerate(grids)]
+    images = decoder.decode(weights(), tokens, grids, LIMIT)
+    for image, one, grid in zip(images, tokens, grids, strict=True):
+        assert image.shape == (grid[0] * UNIT, grid[1] * UNIT, 3)
+        assert image.base is None  # or one image would keep all others in memory
+        np.testing.assert_allclose(image, decode(weights(), one[None], grid)[0], rtol=1e-4, atol=1e-4)
+
+
+def test_groups():
+    """Images are left out or decoded twice; or a number of them that no other had compiles, or is filled up."""
+    for count in range(1, 20):
+        groups = [list(group) for group in decoder.groups(range(count))]
+        assert [i for group in groups for i in group] == list(range(count))
+        assert {len(group) for group in groups} <= {1, 2, decoder.MAX_IMAGES}
+
+
+@pytest.mark.parametrize(("tokens", "grid"), [(24, (5, 5)), (72, (9, 8)), (0, (0, 3))])
+def test_bad_grids(tokens, grid):
+    """Tokens are put into other places than theirs, or an error tells of reshaping."""
+    with pytest.raises(InputError):
+        decoder.decode(weights(), [np.zeros((tokens, CONFIG.latent_dim), np.float32)], [grid], LIMIT)
 
 
 @pytest.mark.parametrize(("tile", "overlap"), [(32, 8), (4, 2), (3, 1), (5, 2), (2, 1), (4, 0)])
@@ -83,21 +125,20 @@ def test_weights_sum_to_one(tiles, grid, tile, overlap):
     """Seams: what several tiles agree on comes out darker or brighter where they overlap, or moved."""
     seen = tiles(tile, overlap, linear())
     tokens = latents(2, *grid)
-    image = decode(types.SimpleNamespace(skeleton=None, arrays=None), tokens, grid, tiled=True)
-    assert len(seen) == len(starts(grid[0])) * len(starts(grid[1])) > 1
-    np.testing.assert_allclose(image, linear()(None, None, tokens, grid), rtol=1e-6, atol=1e-6)
+    image = decode(NO_MODEL, tokens, grid, tiled=True)
+    assert len(seen) == 2 * len(starts(grid[0])) * len(starts(grid[1])) > 2
+    np.testing.assert_allclose(image, whole(tokens, grid), rtol=1e-6, atol=1e-6)
 
 
 def test_overlaps_are_blended(tiles):
     """The last tile wins where tiles overlap: a hard edge. Tiles of 0, 1, … make an image that rises evenly."""
     values = iter(range(2))
 
-    def run(skeleton, arrays, tokens, grid):
-        return np.full((len(tokens), grid[0] * UNIT, grid[1] * UNIT, 3), next(values), np.float32)
+    def run(skeleton, arrays, tokens, size):
+        return np.full((1, tokens.shape[1] * UNIT, tokens.shape[2] * UNIT, 3), next(values), np.float32)
 
     tiles(4, 2, run)
-    made = types.SimpleNamespace(skeleton=None, arrays=None)
-    image = decode(made, latents(1, 6, 3), (6, 3), tiled=True)[0, :, 0, 0]
+    image = decode(NO_MODEL, latents(1, 6, 3), (6, 3), tiled=True)[0, :, 0, 0]
     overlap = 2 * UNIT
     np.testing.assert_array_equal(image[: 2 * UNIT], 0)
     np.testing.assert_array_equal(image[4 * UNIT :], 1)
@@ -109,7 +150,7 @@ def test_a_grid_of_one_tile_is_decoded_whole(tiles):
     seen = tiles(6, 2)
     tokens = latents(2, 6, 5)
     tiled = decode(weights(), tokens, (6, 5), tiled=True)
-    assert seen == [(6, 5)]
+    assert seen == [(6, 5)] * 2
     np.testing.assert_array_equal(tiled, decode(weights(), tokens, (6, 5)))
 
 
@@ -125,7 +166,7 @@ def test_no_tile_is_larger_than_a_tile(tiles):
     seen = tiles(4, 2)
     tokens = latents(2, 8, 3)
     image = decode(weights(), tokens, (8, 3), tiled=True)
-    assert seen == [(4, 3)] * 3
+    assert seen == [(4, 3)] * 6  # one after another
     assert image.shape == (2, 8 * UNIT, 3 * UNIT, 3)
     assert image.dtype == np.float32
 
@@ -133,10 +174,10 @@ def test_no_tile_is_larger_than_a_tile(tiles):
 def errors(tiles, tile: int, overlap: int) -> tuple[float, int]:
     """Relative error of a tiled image, and how many tiles it has."""
     tokens = latents(1, 8, 8, seed=5)
-    whole = decode(weights(), tokens, (8, 8))
+    untiled = decode(weights(), tokens, (8, 8))
     seen = tiles(tile, overlap)
     tiled = decode(weights(), tokens, (8, 8), tiled=True)
-    return float(np.linalg.norm(tiled - whole) / np.linalg.norm(whole)), len(seen)
+    return float(np.linalg.norm(tiled - untiled) / np.linalg.norm(untiled)), len(seen)
 
 
 def test_tiled_images_are_near_the_whole_one(tiles):
@@ -152,6 +193,6 @@ def test_pixels_of_another_dtype(tiles):
     run = linear()
     tiles(4, 2, lambda *args: jnp.asarray(run(*args), jnp.bfloat16))
     tokens = latents(1, 8, 8)
-    image = decode(types.SimpleNamespace(skeleton=None, arrays=None), tokens, (8, 8), tiled=True)
+    image = decode(NO_MODEL, tokens, (8, 8), tiled=True)
     assert image.dtype == np.float32
-    np.testing.assert_allclose(image, linear()(None, None, tokens, (8, 8)), rtol=1e-2, atol=1e-2)
+    np.testing.assert_allclose(image, whole(tokens, (8, 8)), rtol=1e-2, atol=1e-2)

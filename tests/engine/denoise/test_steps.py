@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from functools import partial
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from denoising import Denoising
-from dense import behind, view_of
-from flax import nnx
-from serving import serve
-from small import CONFIG, model, new_model, new_stage, random_image, weights
+from denoising import Denoising, ticket_of
+from dense import view_of
+from small import CONFIG, model, new_model, random_image, weights
 
-from bagel_jax.engine.denoise.batch import batch_of, rows_of
+from bagel_jax.engine.denoise.batch import denoise_batch, denoise_rows
 from bagel_jax.engine.denoise.decoder import decode_latents
-from bagel_jax.engine.denoise.jobs import Work
-from bagel_jax.engine.denoise.steps import DenoiseState, Program, denoise, one_step
-from bagel_jax.engine.handoff import ContextKV
-from bagel_jax.inputs.prepare import latent_positions
+from bagel_jax.engine.denoise.jobs import DenoiseJob
+from bagel_jax.engine.denoise.steps import DenoiseProgram, DenoiseState, denoise, one_step
+from bagel_jax.engine.handoff import Lease, Views
+from bagel_jax.functional import Context, velocity
 from bagel_jax.request import RENORM_TYPES, Request
 from bagel_jax.sampling.guidance import combine, guidance
 from bagel_jax.sampling.schedule import timesteps
@@ -40,9 +38,8 @@ def edit(steps=6, interval=(0.0, 1.0), **settings):
 @pytest.fixture(scope="module")
 def context():
     """The contexts of an edit: three views."""
-    (finished,) = serve(new_stage(), edit()).values()
-    made = finished.context
-    assert (len(made.length), made.text_view, made.img_view) == (3, 1, 2)
+    made = new_model().context(edit())
+    assert (len(made.length), made.drop_text, made.drop_image) == (3, 1, 2)
     return made
 
 
@@ -61,8 +58,8 @@ def run(context, g, steps=6, interval=(0.0, 1.0), stops=None):
     """Latents after each stop."""
     one, seen = Denoising(model(), (edit(steps, interval, **g), context)), []
     for stop in stops or [steps - 1]:
-        one.advance(stop - one.works[0].done)
-        assert one.works[0].done == stop
+        one.advance(stop - one.jobs[0].done)
+        assert one.jobs[0].done == stop
         seen.append(one.latents())
     return seen
 
@@ -79,28 +76,19 @@ def poisoned(context, view):
     return with_view(context, view, lambda pages: jnp.full_like(pages, jnp.nan))
 
 
-@jax.jit
-def one_branch(params, latents, timestep, positions, past, rope):
-    """The velocity of one branch, alone, over a context that lies in a row."""
-    markers = jnp.asarray([model().tokenizer.vision_start, model().tokenizer.vision_end], jnp.int32)
-    args = latents[None], timestep[None], positions[None], markers, rope[None], behind(past)
-    one = nnx.merge(weights().graph, params)
-    return one.velocity(one.noised_hidden(*args)[0])[0]
-
-
 def plain_loop(context, prepared):
     """What the loop does, in plain Python, one branch at a time, without pages or padding."""
-    s, positions = prepared.request.settings, latent_positions(prepared.latent_grid, CONFIG)
+    s, one_branch = prepared.request.settings, partial(velocity, *model().functional())
     g, points = guidance(s), timesteps(s.steps, s.timestep_shift)
     latents, seen = prepared.initial_latent, []
     for t, following in itertools.pairwise(points):
         branches = [
-            one_branch(weights().params, latents, t, positions, view_of(context, view), rope)
+            one_branch(latents, t, Context(*view_of(context, view), int(rope)), prepared.latent_grid)
             for view, rope in enumerate(context.rope)
         ]
         v = np.asarray(branches[0])
         if s.cfg_interval[0] < t <= s.cfg_interval[1] and g.text_scale > 1:
-            v = np.asarray(combine(v, branches[context.text_view], branches[context.img_view], g))
+            v = np.asarray(combine(v, branches[context.drop_text], branches[context.drop_image], g))
         latents = latents - v * (t - following)
         seen.append(latents)
     return seen
@@ -116,11 +104,11 @@ def test_compiled_loop_equals_a_plain_one(context, g):
 
 
 @pytest.mark.parametrize("kind", RENORM_TYPES)
-def test_an_image_smaller_than_its_program_equals_a_plain_one(kind):
+def test_a_image_smaller_than_its_program_equals_a_plain_one(kind):
     """Latents are padded to few sizes, and an image depends on how far: padding is attended, or counts in a norm."""
     options = {"steps": 4, "height": 16, "width": 24, "cfg_text_scale": 9.0, "cfg_renorm_type": kind}
     prepared = model().prepare(Request.create("text2img", "a blue clock", request_id="small", **options))
-    context = serve(new_stage(), prepared)["small"].context
+    context = new_model().context(prepared)
     one = Denoising(model(), (prepared, context))
     assert one.state.latents.shape[1] > len(prepared.initial_latent)
     one.advance(3)
@@ -133,7 +121,7 @@ def test_one_call_equals_single_evaluations(context, g):
     one = Denoising(model(), (edit(6, (0.5, 1.0), **g), context))
     for done, wanted in enumerate(run(context, g, 6, (0.5, 1.0), stops=range(1, 6)), 1):
         velocity, before = one.evaluate()[0], one.latents()
-        assert one.works[0].done == done
+        assert one.jobs[0].done == done
         assert np.abs(velocity).max() > 1e-2
         np.testing.assert_allclose(before, wanted, rtol=1e-4, atol=1e-5)
     at_once = run(context, g, 6, (0.5, 1.0))[-1]
@@ -192,7 +180,7 @@ class Counting:
 
 
 @pytest.mark.parametrize(
-    ("text_view", "img_view", "wanted"),
+    ("drop_text", "drop_image", "wanted"),
     [
         (1, 2, [1, 1, 2, 3]),  # an edit
         (1, 0, [1, 1, 2, 2]),  # text2img: the context without images is the full one
@@ -200,17 +188,17 @@ class Counting:
         (0, 0, [1, 1, 1, 1]),
     ],
 )
-def test_branches_that_are_off_are_not_computed(text_view, img_view, wanted):
+def test_branches_that_are_off_are_not_computed(drop_text, drop_image, wanted):
     """Every step costs as much as a guided one."""
-    counting, views = Counting(), max(text_view, img_view) + 1
+    counting, views = Counting(), max(drop_text, drop_image) + 1
     zeros = np.zeros(views, np.int32)
-    context = ContextKV(None, zeros[:, None], zeros, zeros, "edit", (32, 32), text_view, img_view)
+    lease = Lease(None, Views("edit", (32, 32), drop_text, drop_image, zeros, zeros), [[0]] * views)
     state = DenoiseState(jnp.zeros((1, TOKENS, WIDTH)), jnp.zeros((1, 1, 1, 2, 16, 1)), None)
     for g, interval in ((BOTH, (0.0, 0.0)), (OFF, (0.0, 1.0)), (TEXT, (0.0, 1.0)), (BOTH, (0.0, 1.0))):
-        work = Work.create(edit(4, interval, **g), context)
-        work.page_table = zeros[:, None]
-        batch, rows = batch_of([work], 1, TOKENS, CONFIG, np.zeros(2, np.int32)), rows_of([work], 1)
-        one_step(counting, Program(None, "xla", TOKENS), state, 0, batch, rows, None)
+        job = DenoiseJob.create(ticket_of(edit(4, interval, **g)), lease)
+        job.page_table = zeros[:, None]
+        batch, rows = denoise_batch([job], 1, TOKENS, CONFIG, np.zeros(2, np.int32)), denoise_rows([job], 1)
+        one_step(counting, DenoiseProgram(None, "xla", TOKENS), state, 0, batch, rows, None)
     assert counting.rows == wanted
 
 
@@ -260,15 +248,15 @@ def test_who_else_is_denoised_changes_nothing(context):
     small = Request.create("text2img", "a blue clock", steps=3, height=16, width=24, cfg_text_scale=9.0)
     longer = Request.create("text2img", "one two", steps=9, seed=3, cfg_renorm_type="channel")
     others = [model().prepare(request) for request in (small, longer)]
-    served = serve(new_stage(), *others)
+    fresh = new_model()
     mixed = [(edit(6, (0.5, 1.0), **BOTH), context)]
-    mixed += [(one, served[one.request.request_id].context) for one in others]
+    mixed += [(one, fresh.context(one)) for one in others]
     together = Denoising(model(), *mixed)
     while together.busy:
         together.advance(1)
     for slot, one in enumerate(mixed):
         alone = Denoising(model(), one)
-        alone.advance(alone.works[0].total)
+        alone.advance(alone.jobs[0].total)
         np.testing.assert_allclose(together.latents(slot), alone.latents(), rtol=1e-4, atol=1e-4)
 
 
@@ -276,10 +264,15 @@ def test_decoder_puts_tokens_in_their_place():
     """An image comes out turned, or cut into tiles in the wrong order."""
     tokens = np.zeros((8, WIDTH), np.float32)
     drawn = np.random.RandomState(0).standard_normal((8, WIDTH)).astype(np.float32)
-    both = np.asarray(decode_latents(weights().skeleton, weights().arrays, np.stack([tokens, drawn]), (2, 4)))
+
+    def decoded(*images):
+        cells, sizes = np.stack(images).reshape(len(images), 2, 4, WIDTH), np.full((len(images), 2), (2, 4), np.int32)
+        return np.asarray(decode_latents(weights().skeleton, weights().arrays, cells, sizes))
+
+    both = decoded(tokens, drawn)
     assert both.shape == (2, 8, 16, 3)
     for pixels, latents in zip(both, (tokens, drawn), strict=True):
-        alone = decode_latents(weights().skeleton, weights().arrays, latents[None], (2, 4))[0]
+        (alone,) = decoded(latents)
         np.testing.assert_allclose(pixels, alone, rtol=1e-4, atol=1e-5)
     one = weights().model().unpatchify_latents(jnp.asarray(tokens).at[6, 5].set(1.0), 2, 4)
     # Token 6 of 2 x 4 is at row 1, column 2; number 5 of it at row 0, column 1 of its 2 x 2 cells, channel 1.

@@ -11,9 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small import CONFIG
 
-from bagel_jax.engine.kv.pool import PagePool, choose_num_pages, page_bytes
+from bagel_jax.engine.kv.pool import PagePool
+from bagel_jax.engine.kv.store import largest_context, make_stores, page_bytes
 from bagel_jax.errors import InputError
-from bagel_jax.settings import ServingSettings
+from bagel_jax.placement.placement import Placement
+from bagel_jax.settings import EngineConfig
 
 
 @given(st.lists(st.tuples(st.sampled_from(("allocate", "share", "release")), st.integers(0, 6)), max_size=60))
@@ -64,18 +66,57 @@ class Device:
         return {"bytes_limit": self.left + 100, "bytes_in_use": 100}
 
 
+class Limited(Placement):
+    """A placement on a device with so much memory left; arrays go where they always go."""
+
+    device = property(lambda self: self.mesh)
+
+    def put(self, tree):
+        return tree
+
+
+def room(*left, **settings) -> list[int]:
+    """Pages of the stores of two stages on devices with so much memory left; one: of the store that they share."""
+    placements = tuple(Limited(Device(x)) for x in left)
+    stores = make_stores((placements[0], placements[-1]), CONFIG, EngineConfig(**settings), jnp.float32)
+    return [store.pool.num_pages for store in dict.fromkeys(stores)]
+
+
+def test_free_memory():
+    """The pool takes what weights and programs need too."""
+    assert Limited(Device(1000)).free_bytes(0.25) == 250
+    assert Placement.on(jax.devices()[0]).free_bytes(0.25) > 2**28  # of this machine
+
+
 def test_automatic_number_of_pages():
     """The pool takes all memory, or far more pages than requests can fill, or none at all without a word."""
     a_page = page_bytes(CONFIG, 64, jnp.float32)
     assert a_page == 2 * 2 * 2 * 64 * 8 * 4  # L, K, keys and values, page, E, bytes
-    settings = ServingSettings(ar_max_num_seqs=4)
-    assert choose_num_pages(CONFIG, settings, jnp.float32, Device(100 * a_page)) == 60
+    much, four = 10**12, {"ar_max_num_seqs": 4}
+    # 80 % of the memory, less page 0; of a store that is shared, less 3 pages for each of 6 blocks that are denoised.
+    assert room(100 * a_page, much, **four) == [79, 2 * 34]
+    assert room(100 * a_page, **four) == [79 - 18]
     # An edit of the largest image, 66 + 18 tokens, and 2048 of text: 34 pages.
-    assert choose_num_pages(CONFIG, settings, jnp.float32, Device(10**12)) == 4 * 34 + 1
-    assert choose_num_pages(CONFIG, settings, jnp.float32, jax.devices()[0]) == 4 * 34 + 1
-    given = ServingSettings(num_pages=60)
-    assert choose_num_pages(CONFIG, given, jnp.float32, Device(100 * a_page)) == 60
+    assert largest_context(CONFIG, 64) == 34
+    assert room(much, **four) == [4 * 34]
+    place = Placement.on(jax.devices()[0])
+    for store in make_stores((place, place), CONFIG, EngineConfig(**four), jnp.float32):
+        assert (store.pool.num_pages, store.pages.shape[1]) == (4 * 34, 4 * 34 + 1 + 18)
+    given = {"num_pages": 60}
+    assert room(100 * a_page, **given) == [59]
     with pytest.raises(InputError, match=rf"num_pages is 60, of {a_page} bytes each; the device has room for 54"):
-        choose_num_pages(CONFIG, given, jnp.float32, Device(90 * a_page))
-    with pytest.raises(InputError, match=rf"{int(1.2 * a_page)} bytes left.*64 tokens takes {a_page}"):
-        choose_num_pages(CONFIG, settings, jnp.float32, Device(2 * a_page))
+        room(90 * a_page, **given)
+    with pytest.raises(InputError, match=rf"{int(1.6 * a_page)} bytes left.*64 tokens takes {a_page}"):
+        room(2 * a_page, **four)
+
+
+def test_no_memory_for_images():
+    """The device runs out of memory when the first image is denoised, an hour into a run."""
+    a_page, much = page_bytes(CONFIG, 64, jnp.float32), 10**12
+    with pytest.raises(InputError, match=r"dit_max_num_seqs is 2, for which stage 1 needs 20 pages; .* room for 18"):
+        room(24 * a_page)
+    # A context and three blocks each, and page 0.
+    needed = 2 * 34 + 18 + 1
+    assert room(much, 110 * a_page)[1] == 2 * 34
+    with pytest.raises(InputError, match=f"dit_max_num_seqs is 2, for which stage 1 needs {needed} pages; .* for 80"):
+        room(much, 100 * a_page)

@@ -91,14 +91,14 @@ def test_second_question_prefills_the_text_alone():
     stage, fresh = new_stage(), new_stage(prefix_cache=False)
     first, second = (prepared("img2text", q, random_image(), max_tokens=9) for q in ("a red bench", "a blue clock"))
     tokens = second.plan.sequences[0].compute[-1].segment.num_tokens
-    assert one(stage, first).stats.prefilled_tokens > tokens
+    assert one(stage, first).result.prefilled_tokens > tokens
     again, alone = one(stage, second), one(fresh, second)
-    assert again.stats.prefilled_tokens == tokens
-    assert again.stats.cached_tokens == alone.stats.prefilled_tokens - tokens
+    assert again.result.prefilled_tokens == tokens
+    assert again.result.cached_prefix_tokens == alone.result.prefilled_tokens - tokens
     assert again.ids == alone.ids
-    assert one(fresh, second).stats.cached_tokens == 0
+    assert one(fresh, second).result.cached_prefix_tokens == 0
     third = one(stage, first)  # all of it is there
-    assert third.stats.prefilled_tokens == 0
+    assert third.result.prefilled_tokens == 0
     assert third.ids == one(fresh, first).ids
 
 
@@ -109,7 +109,7 @@ def test_second_edit_prefills_the_text_alone():
     one(stage, first)
     again, alone = one(stage, second), one(fresh, second)
     tokens = second.plan.sequences[0].compute[-1].segment.num_tokens
-    assert again.stats.prefilled_tokens == 2 * tokens  # in the full context, and in the one without images
+    assert again.result.prefilled_tokens == 2 * tokens  # in the full context, and in the one without images
     for view in range(3):
         for x, y in zip(view_of(again.context, view), view_of(alone.context, view), strict=True):
             np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
@@ -125,13 +125,15 @@ def test_a_kept_prefix_is_not_written_to():
     assert one(stage, made).ids == first.ids
 
 
-def test_two_at_once_compute_an_image_once():
+def test_two_at_once_compute_a_image_once():
     """Two questions about an image that come together both pay for it."""
     stage = new_stage()
     made = [prepared("img2text", q, random_image(), request_id=q, max_tokens=4) for q in ("what", "why", "when")]
-    stats = [event.stats for event in serve(stage, *made).values()]
+    counts = [event.result for event in serve(stage, *made).values()]
     texts = sum(one.plan.sequences[0].compute[-1].segment.num_tokens for one in made)
-    assert sum(s.prefilled_tokens for s in stats) == made[0].plan.sequences[0].compute[0].segment.num_tokens + texts
+    assert (
+        sum(one.prefilled_tokens for one in counts) == made[0].plan.sequences[0].compute[0].segment.num_tokens + texts
+    )
 
 
 def test_the_same_request_twice_at_once():

@@ -1,0 +1,1 @@
+"""What gives the engine time: threads, or hosts in lock-step."""

@@ -1,0 +1,210 @@
+"""The keys and values of a placement: one array of pages, who holds which, and finished prefixes.
+
+Contexts in work, contexts that wait for stage 1, contexts that an image is made from, and prefixes kept for later are
+leases on the same pages, so that a context lies on a device once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bagel_jax.config import BagelConfig
+from bagel_jax.engine.kv.pool import PagePool
+from bagel_jax.engine.kv.prefix_cache import PrefixCache
+from bagel_jax.errors import InputError
+from bagel_jax.layout import NUM_MARKERS
+from bagel_jax.pallas.paged_attention import pages as layout
+from bagel_jax.placement.placement import Placement
+from bagel_jax.settings import EngineConfig
+
+VIEWS = 3  # of a context at most: as many as there are guidance branches
+# Tokens of text that a context is expected to have at most, the answer included, when pages are counted automatically.
+_TEXT_TOKENS = 2048
+_SHARE = 0.8  # of the memory that weights leave on a TPU or GPU; the rest is for what programs need meanwhile
+_COPIES = 8  # pages copied by one program
+
+
+class KVStore:
+    """Pages of keys and values on a placement.
+
+    Args:
+        placement: where they lie.
+        config: the model's sizes.
+        page_size: tokens a page.
+        contexts: pages for contexts.
+        blocks: pages behind those for the blocks that stage 1 denoises, which are its own to give away.
+        dtype: of keys and values.
+    """
+
+    def __init__(self, placement: Placement, config: BagelConfig, page_size: int, contexts: int, blocks: int, dtype):
+        self.placement, self.page_size, self.dtype = placement, page_size, dtype
+        self.pool = PagePool(contexts + 1)
+        self.prefixes = PrefixCache(self.pool)
+        self.first_block, self._config = contexts + 1, config
+        self._num_pages = contexts + 1 + blocks
+        self.pages = self._empty()
+        self.copy([(0, 0)])  # compiled now: the first request may not need it, and the next one should compile nothing
+
+    def count(self, tokens: int) -> int:
+        """Pages of so many tokens."""
+        return -(-tokens // self.page_size)
+
+    def allocate(self, count: int) -> list[int] | None:
+        """Pages for a context, for which kept prefixes go where they must; None where that is not enough."""
+        if count > self.pool.num_free:
+            self.prefixes.make_room(count)
+        return self.pool.allocate(count)
+
+    def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copies pages, each a pair (source, target), one after another."""
+        for source, target in _groups(pairs):
+            self.pages = _copy_pages(self.pages, source, target)
+
+    def take(self, numbers: Sequence[int]) -> jax.Array:
+        """A copy of some pages, `[L, n, K, 2, page, E]`, n a power of two; what is behind the last is padding."""
+        return _take_pages(self.pages, _padded(numbers))
+
+    def put(self, numbers: Sequence[int], pages: jax.Array) -> None:
+        """Writes `pages` `[L, n, K, 2, page, E]` into those numbered; padding behind the last goes to page 0."""
+        padded = np.zeros(pages.shape[1], np.int32)
+        padded[: len(numbers)] = numbers
+        self.pages = _put_pages(self.pages, padded, pages)
+
+    def reset(self) -> None:
+        """After a failure in which the pages were lost; whoever held some must have let go of them."""
+        self.prefixes.clear()
+        self.pages = self._empty()
+
+    def check(self) -> None:
+        """That every page is free or a kept prefix's, as it must be when nothing is in work.
+
+        Raises:
+            RuntimeError: a page is held by nobody that there is.
+        """
+        kept = self.prefixes.pages
+        if self.pool.num_free + len(kept) != self.pool.num_pages:
+            lost = self.pool.num_pages - self.pool.num_free - len(kept)
+            raise RuntimeError(f"{lost} of {self.pool.num_pages} pages are held though nothing is in work")
+
+    def _empty(self) -> jax.Array:
+        c = self._config.trunk
+        shape = c.num_layers, self._num_pages, c.num_kv_heads, self.page_size, c.head_dim
+        return self.placement.put(layout.empty_pages(*shape, self.dtype))
+
+
+def largest_context(config: BagelConfig, page_size: int) -> int:
+    """Pages of the largest context that counts when pages are counted automatically: an edit of the largest image."""
+    image = config.max_latent_size**2 + config.max_vit_patches**2 + 2 * NUM_MARKERS
+    return -(-(image + _TEXT_TOKENS) // page_size)
+
+
+def block_pages(num_inside: int, page_size: int) -> int:
+    """Pages of a noised block of so many latents, with the end of its context before it."""
+    return -(-(num_inside + NUM_MARKERS) // page_size) + 1
+
+
+def page_bytes(config: BagelConfig, page_size: int, dtype) -> int:
+    """Bytes of one page in all layers."""
+    c = config.trunk
+    return c.num_layers * c.num_kv_heads * 2 * page_size * c.head_dim * jnp.dtype(dtype).itemsize
+
+
+def make_stores(
+    placements: tuple[Placement, Placement], config: BagelConfig, settings: EngineConfig, dtype
+) -> tuple[KVStore, KVStore]:
+    """The stores of the two stages: the same one where they have the same placement.
+
+    Pages for contexts are as many as `num_pages` says, or else enough for as many of the largest contexts as may be in
+    work in stage 0, or what memory allows; with them come those of the blocks that stage 1 denoises. A placement of
+    stage 1 alone has pages for as many of the largest contexts as it may have images in work.
+
+    Raises:
+        InputError: there is no memory for so many pages.
+    """
+    context, denoise = placements
+    size, slots = settings.page_size, settings.dit_max_num_seqs
+    largest = largest_context(config, size)
+    blocks = slots * VIEWS * block_pages(config.max_latent_size**2, size)
+    own = context is denoise
+    count = _context_pages(context, config, settings, dtype, blocks if own else 0)
+    store = KVStore(context, config, size, count, blocks if own else 0, dtype)
+    if own:
+        return store, store
+    affordable = denoise.free_bytes(_SHARE) // page_bytes(config, size, dtype)
+    if slots * largest + blocks + 1 > affordable:
+        raise _too_many_images(slots, slots * largest + blocks + 1, affordable)
+    return store, KVStore(denoise, config, size, slots * largest, blocks, dtype)
+
+
+def _too_many_images(slots: int, needed: int, affordable: int) -> InputError:
+    return InputError(
+        f"dit_max_num_seqs is {slots}, for which stage 1 needs {needed} pages; the device has room for {affordable} "
+        "beside all else, so give a smaller one"
+    )
+
+
+def _context_pages(placement: Placement, config: BagelConfig, settings: EngineConfig, dtype, blocks: int) -> int:
+    budget = placement.free_bytes(_SHARE)
+    a_page = page_bytes(config, settings.page_size, dtype)
+    affordable = budget // a_page - 1
+    if affordable < 1:
+        raise InputError(
+            f"the device has {budget} bytes left for the KV cache, and a page of {settings.page_size} tokens takes "
+            f"{a_page}; give a smaller page_size or a larger device"
+        )
+    if blocks and affordable <= blocks:
+        raise _too_many_images(settings.dit_max_num_seqs, blocks + 2, affordable)
+    affordable -= blocks
+    if settings.num_pages is None:
+        return min(settings.ar_max_num_seqs * largest_context(config, settings.page_size), affordable)
+    if settings.num_pages - 1 > affordable:
+        raise InputError(
+            f"num_pages is {settings.num_pages}, of {a_page} bytes each; the device has room for {affordable + 1} "
+            "beside all else, so give a smaller one"
+        )
+    return settings.num_pages - 1
+
+
+def _padded(numbers: Sequence[int]) -> np.ndarray:
+    padded = np.zeros(1 << max(0, len(numbers) - 1).bit_length(), np.int32)
+    padded[: len(numbers)] = numbers
+    return padded
+
+
+def _groups(pairs: Sequence[tuple[int, int]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Pages to copy, source and target, in groups of one size, padded with page 0 onto itself.
+
+    All pages of a group are read before any is written, so a page that was just written begins a new group.
+    """
+    groups: list[list[tuple[int, int]]] = []
+    written: set[int] = set()
+    for source, target in pairs:
+        if not groups or len(groups[-1]) == _COPIES or {source, target} & written:
+            groups.append([])
+            written.clear()
+        groups[-1].append((source, target))
+        written.add(target)
+    for group in groups:
+        padded = np.zeros((_COPIES, 2), np.int32)
+        padded[: len(group)] = group
+        yield padded[:, 0], padded[:, 1]
+
+
+@partial(jax.jit, donate_argnames=("pages",))
+def _copy_pages(pages, source, target) -> jax.Array:
+    return layout.copy_pages(pages, source, target)
+
+
+@jax.jit
+def _take_pages(pages, numbers) -> jax.Array:
+    return layout.take_pages(pages, numbers)
+
+
+@partial(jax.jit, donate_argnames=("pages",))
+def _put_pages(pages, numbers, others) -> jax.Array:
+    return layout.put_pages(pages, numbers, others)
