@@ -4,8 +4,8 @@
 set -euo pipefail
 python=${PYTHON:-python}
 
-"$python" -m bagel_jax.demo.tokenizer runs/demo/tokenizer
-[ -f runs/demo/data/train.jsonl ] || "$python" -m bagel_jax.demo.data runs/demo/data
+"$python" -m tools.demo.tokenizer runs/demo/tokenizer
+[ -f runs/demo/data/train.jsonl ] || "$python" -m tools.demo.data runs/demo/data
 [ -d runs/demo/autoencoder/export ] || "$python" -m bagel_jax.train configs/demo_autoencoder.toml
 [ -d runs/demo/model/export ] || "$python" -m bagel_jax.train configs/demo.toml
 rm -rf bagel_jax/demo/model

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bagel_jax.demo import data, tokenizer, world
-from bagel_jax.demo.world import COMBINATIONS, QUESTIONS, SHAPES
 from bagel_jax.errors import InputError
 from bagel_jax.inputs.prepare import THINK_PROMPTS
 from bagel_jax.inputs.tokenizer import Tokenizer
+from tools.demo import data, tokenizer, world
+from tools.demo.world import COMBINATIONS, QUESTIONS, SHAPES
 
 PAIRS = 300
 HELD_OUT = [c for c in COMBINATIONS if world.held_out(*c)]

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
-from bagel_jax.demo.world import COMBINATIONS, NEW_COLORS, SHAPES, Combination, Edit, Scene, draw, nameless_color, place
 from bagel_jax.errors import InputError
+from tools.demo.world import COMBINATIONS, NEW_COLORS, SHAPES, Combination, Edit, Scene, draw, nameless_color, place
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "oracle.py"
 

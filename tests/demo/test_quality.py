@@ -9,13 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from random import Random
 
+import msgspec
 import pytest
 from PIL import Image
 
-from bagel_jax.demo.data import pairs
-from bagel_jax.demo.world import COLORS, COMBINATIONS, EDIT_KINDS, QUESTIONS, Scene, draw, facts, held_out
 from bagel_jax.errors import InputError
 from bagel_jax.request import DEFAULTS
+from tools.demo.data import pairs
+from tools.demo.world import COLORS, COMBINATIONS, EDIT_KINDS, QUESTIONS, Scene, draw, facts, held_out
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TASKS = ("text2img", "img2img", "img2text", "text2text", "think")
@@ -254,7 +255,7 @@ def test_requests_have_the_default_settings(quality):
         made = quality.request(case, {})
         default = DEFAULTS[made.modality]
         drawn = made.modality == "text2img"
-        assert made.settings == (replace(default, height=64, width=64) if drawn else default)
+        assert made.settings == (msgspec.structs.replace(default, height=64, width=64) if drawn else default)
         assert made.think == (task == "think")
         assert made.prompt == case.prompt
         assert quality.request(case, {"steps": 3}).settings.steps == (3 if made.makes_image else default.steps)

@@ -11,9 +11,9 @@ from random import Random
 import numpy as np
 import pytest
 
-from bagel_jax.demo import world
-from bagel_jax.demo.world import COLORS, COMBINATIONS, SHAPES, Combination, Edit, Scene
 from bagel_jax.errors import InputError
+from tools.demo import world
+from tools.demo.world import COLORS, COMBINATIONS, SHAPES, Combination, Edit, Scene
 
 RED_CIRCLE = Combination("red", "circle", "white")
 

@@ -1,7 +1,7 @@
 """Writes a training set of the demo world.
 
-    python -m bagel_jax.demo.data DIR                    the world: 30000 edits, 60000 images
-    python -m bagel_jax.demo.data DIR --new-color pink   ten images of a colour that the world has not, and 250 of it
+    python -m tools.demo.data DIR                    the world: 30000 edits, 60000 images
+    python -m tools.demo.data DIR --new-color pink   ten images of a colour that the world has not, and 250 of it
 
 A file of records for each task, and `train.jsonl`, a mixture of all. A record is one line of JSON,
 `{"segments": [...]}`, and a segment one of
@@ -30,7 +30,9 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from bagel_jax.demo.world import (
+from bagel_jax.errors import InputError, check_choice, check_whole
+from bagel_jax.inputs.prepare import THINK_PROMPTS
+from tools.demo.world import (
     COLORS,
     COMBINATIONS,
     EDIT_KINDS,
@@ -50,8 +52,6 @@ from bagel_jax.demo.world import (
     plan,
     prompts,
 )
-from bagel_jax.errors import InputError, check_choice, check_whole
-from bagel_jax.inputs.prepare import THINK_PROMPTS
 
 PAIRS = 30000
 # The tasks, each with its part of `train.jsonl`.

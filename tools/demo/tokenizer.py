@@ -1,6 +1,6 @@
 """Trains the demo world's tokenizer: byte-level BPE in Qwen2's form, with a token for every common word.
 
-python -m bagel_jax.demo.tokenizer DIR
+python -m tools.demo.tokenizer DIR
 """
 
 from __future__ import annotations
@@ -11,19 +11,16 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 
-from bagel_jax.demo.world import COMBINATIONS, NEW_COLORS, QUESTIONS, SHAPES, Combination, edits, facts, plan, prompts
 from bagel_jax.errors import InputError
 from bagel_jax.inputs.prepare import THINK_PROMPTS
+from bagel_jax.inputs.tokenizer import qwen2
+from tools.demo.world import COMBINATIONS, NEW_COLORS, QUESTIONS, SHAPES, Combination, edits, facts, plan, prompts
 
 VOCABULARY = 700  # tokens in all; fewer would cut common words, and only names of cities gain from more
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 
-# Qwen2's words, from its `tokenizer.json`.
-_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 _ALWAYS_WHOLE = 50  # how often a sentence is repeated whose every word must become one token
 
 
@@ -68,15 +65,7 @@ def build(directory: Path) -> int:
 
 
 def _train() -> Tokenizer:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_WORDS), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer = qwen2(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY - len(SPECIAL),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
