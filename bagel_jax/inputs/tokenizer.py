@@ -98,7 +98,7 @@ def _load(directory: Path) -> Backend:
             raise InputError(f"{directory} holds vocab.json but no merges.txt; a tokenizer needs both")
         model = models.BPE.from_file(str(directory / "vocab.json"), str(directory / "merges.txt"))
         tokenizer = qwen2(model, add_prefix_space=bool(config.get("add_prefix_space")))
-    added = tokenizer.get_added_tokens_decoder()
+    in_file = tokenizer.get_added_tokens_decoder()
     if "added_tokens_decoder" in config:
         added = {int(i): AddedToken(**fields) for i, fields in config["added_tokens_decoder"].items()}
         special = _special(config, is_qwen2)
@@ -109,9 +109,9 @@ def _load(directory: Path) -> Backend:
         added = {
             i: AddedToken(content, normalized=content not in known, special=content in known)
             for content, i in _fields(directory / "added_tokens.json").items()
-        } | added
+        } | in_file
     listed = {i: token.content for i, token in added.items()}
-    if is_qwen2 and added and {i: token.content for i, token in added.items()} != listed:
+    if is_qwen2 and in_file and {i: token.content for i, token in in_file.items()} != listed:
         # tokenizer_config.json has the last word there, and no token can be taken out of a tokenizer.
         tokenizer = Backend.from_str(json.dumps(json.loads(text) | {"added_tokens": []}))
     tokenizer.add_tokens([added[i] for i in sorted(added)])  # those that are there get these flags
