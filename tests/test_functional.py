@@ -284,7 +284,7 @@ mesh = Mesh(np.asarray(jax.devices()), ("tensor",))
 rules = {"embed": None, "heads": "tensor", "mlp": "tensor", "vocab": "tensor"}
 cut = {path: jax.device_put(value, sharding(path, value.shape, mesh, rules)) for path, value in params.items()}
 q = cut["trunk.layers.und.q.kernel"]
-assert len(q.devices()) == 2 and q.addressable_shards[0].data.shape[-1] * 2 == q.shape[-1]
+assert len(q.devices()) == 2 and q.addressable_shards[0].data.shape[-2] * 2 == q.shape[-2]
 
 def loss(params, x):
     contexts = F.contexts(definition, params, prepared)

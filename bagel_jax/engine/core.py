@@ -10,7 +10,6 @@ takes leases from a queue of offers as it has room for them.
 
 from __future__ import annotations
 
-import contextlib
 from collections import deque
 from collections.abc import Iterable, Sequence
 
@@ -70,6 +69,7 @@ class Engine:
         self.offers: deque[Ticket] = deque()  # whose contexts stage 1 has no room for yet
         self.dispatched = 0  # calls so far, and restarts: behind either there may be something new to do
         self._arrivals = 0
+        self._events: list[Event] = []
 
     def step(self, commands: Iterable[Command], now: float = 0.0) -> list[Event]:
         """Carries out commands, one after another.
@@ -81,12 +81,11 @@ class Engine:
         Returns:
             What has come of them, in order. Nothing is heard of a request behind its `Done`, or after its `Cancel`.
         """
-        events: list[Event] = []
         for command in commands:
-            events += self._carry_out(command, now)
+            self._events += self._carry_out(command, now)
         if not self.tickets:
             self.check()
-        return events
+        return self._drained()
 
     def calls(self, stage: str) -> deque:
         """A stage's calls in flight, the oldest first."""
@@ -108,19 +107,22 @@ class Engine:
         for store in dict.fromkeys((self.context.store, self.denoise.store)):
             store.check()
 
-    def give_up(self, error: Exception, now: float = 0.0) -> list[Event]:
-        """After a fault in here: everybody is told, and all begins anew."""
-        events = []
-        for ticket in list(self.tickets.values()):
-            with contextlib.suppress(Exception):  # the books may be wrong; none of them is kept
-                self._forget(ticket)
-            events.append(Done(ticket.request_id, error))
-        self.context.calls.clear()
-        self.context.finished.clear()
-        self.denoise.reset()
+    def give_up(self, error: Exception) -> list[Event]:
+        """After a fault in here: everybody is told, and all begins anew, since the books may be wrong."""
+        events = [*self._drained(), *(Done(request_id, error) for request_id in self.tickets)]
+        for ticket in self.tickets.values():
+            ticket.over = True
+        self.tickets.clear()
+        self.offers.clear()
+        self.context.forget()
+        self.denoise.forget()
         for store in dict.fromkeys((self.context.store, self.denoise.store)):
-            store.reset()
-            store.pool.reset()
+            store.forget()
+        return events
+
+    def _drained(self) -> list[Event]:
+        """What there is to tell; kept until now, so that a fault in the middle of a step loses none of it."""
+        events, self._events = self._events, []
         return events
 
     def _stage(self, stage: str) -> ContextStage | DenoiseStage:
@@ -139,7 +141,8 @@ class Engine:
             if isinstance(command, Collect):
                 found = stage.collect(now) if stage.calls else []
                 return [*self._told(found, now), *(self._offer(now) if command.stage == CONTEXT else [])]
-            return self._run(command, now)
+            self._run(command, now)
+            return []
         except CallFailed as failure:
             return self._begin_again(stage, failure, now)
 
@@ -166,32 +169,32 @@ class Engine:
             return self._end(ticket, error, now)
         return []
 
-    def _run(self, command: Run, now: float) -> list[Event]:
-        events: list[Event] = []
+    def _run(self, command: Run, now: float) -> None:
         if command.stage == CONTEXT:
             while self.context.run(now):
                 self.dispatched += 1
-            return events
-        events += self._accept(now)
+            return
+        self._accept(now)
         while self.denoise.run(command.evaluations, now):
             self.dispatched += 1
-            events += self._accept(now)  # whoever is done by then has left room
-        return events
+            self._accept(now)  # whoever is done by then has left room
 
-    def _accept(self, now: float) -> list[Event]:
+    def _accept(self, now: float) -> None:
         """Stage 1 takes offers, first come, first served, as long as it has room."""
-        events: list[Event] = []
-        while self.offers and self._may_join(self.offers[0]):
-            ticket = self.offers[0]
+        for ticket in list(self.offers):
+            if not self._may_join(ticket):
+                return
             try:
-                if not self.denoise.accept(ticket, now):
-                    break
-                self.offers.popleft()
+                if self.denoise.accept(ticket, now):
+                    self.offers.remove(ticket)
+                elif ticket.given is None:
+                    return
+                # One that comes from outside may lack the pages that those behind it hold: they go first.
             except Exception as error:  # a device may be full
                 if self.denoise.lost:
-                    return [*events, *self._begin_again(self.denoise, CallFailed([ticket], error), now)]
-                events += self._end(ticket, error, now)
-        return events
+                    self._events += self._begin_again(self.denoise, CallFailed([ticket], error), now)
+                    return
+                self._events += self._end(ticket, error, now)
 
     def _may_join(self, ticket: Ticket) -> bool:
         """Whether a request may be denoised beside those that are: who is under suspicion goes on alone."""

@@ -601,3 +601,61 @@ def test_cancelling_a_long_image_nobody_watches(tiny):
         assert not core.tickets
     assert min(took) < 1
     empty(tiny)
+
+
+def test_what_was_told_before_a_fault_is_not_lost(monkeypatch):
+    """A request that was done just before the engine failed waits for ever for its answer."""
+    engine = core_of(new_model())
+    made = new_model().prepare(Request.create("text2text", "a bench", max_tokens=1, request_id="done"))
+    engine.step([Submit(made)])
+    monkeypatch.setattr(engine, "check", lambda: 1 / 0)
+    events, failed = [], False
+    while not failed:
+        try:
+            events += engine.step([Run("context"), Collect("context")])
+        except ZeroDivisionError:
+            failed = True
+    monkeypatch.undo()
+    events += engine.give_up(RuntimeError("a fault"))
+    assert [event.request_id for event in events if isinstance(event, Done)] == ["done"]
+    engine.check()
+
+
+def test_room_is_not_made_in_vain():
+    """Every kept prefix is let go of for a request that there is no room for all the same."""
+    engine = core_of(new_model(num_pages=6))
+    store = engine.context.store
+    held, kept = store.allocate(2), store.allocate(2)
+    store.prefixes.keep(b"one", kept, 100)
+    store.pool.release(kept)
+    assert store.allocate(4) is None
+    assert store.prefixes.pages == set(kept)
+    assert store.allocate(3) is not None
+    assert store.prefixes.pages == set()
+    store.pool.release(held)
+
+
+def test_a_given_context_lets_those_pass_that_hold_its_pages(monkeypatch):
+    """A context from a file waits for pages that are held by contexts which wait behind it, all for ever."""
+    made = new_model(topology="single-stage", num_pages=60)
+    first, second = (
+        Request.create("text2img", "a bench", height=16, width=16, steps=2, request_id=name) for name in ("one", "two")
+    )
+    context = made.context(first)
+    engine = core_of(new_model(topology="single-stage", num_pages=60))
+    engine.step([Submit(made.prepare(second))])
+    while not engine.offers:
+        engine.step([Run("context"), Collect("context")])
+    engine.step([Submit(made.prepare(first), context)])
+    engine.offers.rotate(1)
+    taken = engine.context.store.allocate(engine.context.store.pool.num_free)  # only what the second holds comes free
+    events = []
+    for _ in range(50):
+        if any(isinstance(event, Done) and event.request_id == "two" for event in events):
+            break
+        events += engine.step([Run("denoise"), Collect("denoise")])
+    assert [event.request_id for event in events if isinstance(event, Done)] == ["two"]
+    engine.context.store.pool.release(taken)
+    events += finish(engine)
+    assert {event.request_id for event in events if isinstance(event, Done)} == {"one", "two"}
+    made.close()

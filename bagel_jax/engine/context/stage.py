@@ -103,6 +103,13 @@ class ContextStage:
         """Pages that the contexts of a request may need, its text included."""
         return self.scheduler.pages_needed(ticket.context)
 
+    def forget(self) -> None:
+        """Begins anew, whatever the books say."""
+        self.calls.clear()
+        self.finished.clear()
+        self.scheduler.running.clear()
+        self.scheduler.waiting.clear()
+
     def drop(self, ticket: Ticket) -> None:
         """Forgets a request and frees its pages."""
         self.scheduler.release(ticket.context)
@@ -128,7 +135,7 @@ class ContextStage:
             else:
                 self._dispatch(plan)
         except Exception as error:  # a device fails in any way it likes, and what prepares a call too
-            raise CallFailed([job.ticket for job in plan.jobs], error) from error
+            raise CallFailed([job.ticket for job in plan.jobs or self.scheduler.running], error) from error
         return True
 
     def collect(self, now: float) -> list[Event]:

@@ -176,9 +176,14 @@ class DenoiseStage:
         return [Progress(done[id(job)], job.total, job.ticket.request_id) for job in jobs]
 
     def reset(self) -> None:
-        """Drops everything that is in work and in flight, after a failure."""
+        """Drops everything that is in work and in flight, after a failure, and gives back what it holds."""
         for job in self.jobs:
             self.drop(job.ticket)
+        self.forget()
+
+    def forget(self) -> None:
+        """Begins anew, whatever the books say."""
+        self.slots = [None] * len(self.slots)
         self.calls.clear()
         shape = len(self.slots), self._largest, self.config.latent_dim
         self.latents = self.store.placement.put(jnp.zeros(shape))

@@ -9,6 +9,7 @@ clock or at which array happens to be ready.
 from __future__ import annotations
 
 import contextlib
+import logging
 import pickle
 import threading
 import time
@@ -20,7 +21,11 @@ from jax.experimental import multihost_utils
 
 from bagel_jax.engine.core import Engine
 from bagel_jax.engine.drivers.driver import Driver
+from bagel_jax.engine.handle import Handle
 from bagel_jax.engine.ticket import CONTEXT, DENOISE, STAGES, Collect, Command, Event, Run
+from bagel_jax.inputs.prepare import Prepared
+
+_LOG = logging.getLogger(__name__)
 
 Round = list[Command] | None  # None: the last one
 
@@ -71,6 +76,13 @@ class LockstepDriver(Driver):
         self._thread = threading.Thread(target=self._live, name="bagel-lockstep")
         self._thread.start()
 
+    def submit(self, prepared: Prepared, **options) -> Handle:
+        """See `Driver.submit`; raises RuntimeError once it is closed."""
+        with self._inbox:
+            if self._closed:
+                raise RuntimeError("the engine is closed, here and in all other processes; start them again")
+            return super().submit(prepared, **options)
+
     def close(self) -> None:
         """Cancels what is in work, and ends the rounds here and in all other processes."""
         super().close()
@@ -87,7 +99,14 @@ class LockstepDriver(Driver):
                     self._inbox.wait()
                 if self._closed and not (self._commands or self._in_flight):
                     break
-            self._round()
+            try:
+                self._round()
+            except Exception as error:  # a fault of ours, which the other processes have met too: all end
+                _LOG.exception("the engine failed")
+                with self._inbox:
+                    self._closed = True
+                    self._commands.clear()
+                self._deliver(self._whose(self.engine.give_up(error)), [threading.get_ident()])
         self._share(None)
 
     @property

@@ -113,7 +113,7 @@ class ThreadDriver(Driver):
                 events = self.engine.step([*waiting, *commands], now)
             except Exception as error:  # a fault of ours: whoever waits is told, instead of waiting for ever
                 _LOG.exception("the engine failed")
-                events = self.engine.give_up(error, now)
+                events = self.engine.give_up(error)
             self._untold += self._whose(events)
         changed = bool(waiting or events) or self.engine.dispatched != dispatched or isinstance(commands[0], Collect)
         if changed:

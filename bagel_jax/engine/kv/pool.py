@@ -36,6 +36,10 @@ class PagePool:
         """Pages that can be handed out."""
         return len(self._holders) - 1
 
+    def holders(self, page: int) -> int:
+        """How many hold a page."""
+        return int(self._holders[page])
+
     def allocate(self, count: int) -> list[int] | None:
         """`count` pages with one holder each, or None where there are not so many."""
         if count > self._num_free:

@@ -7,7 +7,7 @@ stands for a whole prefix, and the pages kept under it hold all tokens of that p
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -96,11 +96,22 @@ class PrefixCache:
             self._kept[key] = _Kept(list(pages), length)
 
     def make_room(self, count: int) -> bool:
-        """Lets go of prefixes until `count` pages are free; says whether they are."""
-        while self._pool.num_free < count and self._kept:
+        """Lets go of prefixes until `count` pages are free, if that is enough; says whether they are."""
+        if self._pool.num_free >= count:
+            return True
+        # Pages that others hold too do not become free, and prefixes that go in vain are computed again.
+        holds = Counter(page for kept in self._kept.values() for page in kept.pages)
+        if self._pool.num_free + sum(self._pool.holders(page) == number for page, number in holds.items()) < count:
+            return False
+        while self._pool.num_free < count:
             self._pool.release(self._kept.popitem(last=False)[1].pages)
-        return self._pool.num_free >= count
+        return True
 
     def clear(self) -> None:
         """Lets go of everything."""
-        self.make_room(self._pool.num_pages + 1)
+        while self._kept:
+            self._pool.release(self._kept.popitem()[1].pages)
+
+    def forget(self) -> None:
+        """Knows nothing any more; the pages are given back by whoever knows the pool."""
+        self._kept.clear()

@@ -80,6 +80,12 @@ class KVStore:
         self.prefixes.clear()
         self.pages = self._empty()
 
+    def forget(self) -> None:
+        """Begins anew, whatever the books say."""
+        self.pool.reset()
+        self.prefixes.forget()
+        self.pages = self._empty()
+
     def check(self) -> None:
         """That every page is free or a kept prefix's, as it must be when nothing is in work.
 
