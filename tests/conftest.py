@@ -21,6 +21,7 @@ if version("jaxlib").startswith("0.10."):  # later ones stop at a flag that they
 # Pallas' interpreter of Mosaic GPU blocks a thread of XLA's CPU client for each warpgroup.
 os.environ.setdefault("PJRT_NPROC", "8")
 
+import jax  # noqa: E402
 import pytest  # noqa: E402
 
 from bagel_jax.models import weights  # noqa: E402
@@ -35,6 +36,19 @@ from bagel_jax.checkpoint.source import ModelSource  # noqa: E402
 gc.set_threshold(20_000, 20, 50)
 
 DATA = Path(__file__).parent / "data"
+
+# A compiled program of a CPU is mapped into memory in dozens of pieces; Linux gives a process 65,530, and XLA's next
+# compilation after them is a segmentation fault.
+MAPS = Path("/proc/self/maps")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """After a file's tests their programs may go, before there are too many; the cache on disk has them."""
+    yield
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > 25_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -74,7 +74,11 @@ def test_two_processes_do_the_same(tmp_path):
         )
         for number in range(2)
     ]
-    outputs = [worker.communicate(timeout=500) for worker in workers]
+    try:
+        outputs = [worker.communicate(timeout=300) for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
     assert [worker.returncode for worker in workers] == [0, 0], [errors[-2000:] for _, errors in outputs]
     first, second = (json.loads((tmp_path / f"{number}.json").read_text()) for number in range(2))
     assert first == second
