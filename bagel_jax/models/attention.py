@@ -64,9 +64,9 @@ def attend_packed(q: jax.Array, kv: KV, mask: PackedMask) -> jax.Array:
     return _sliced(lambda q, some: _attend(q, kv, some.seen(mask)), q, mask, kv.k.shape[0])
 
 
-# More scores than this are computed for a slice of the queries at a time, so that a 1024² image's 28 x 4098 x 9000 never
-# exist at once. On a CPU a slice should stay in the processor's cache: 1,218 queries over 4,290 keys took 38 ms that
-# way, 143 ms in one piece.
+# More scores than this are computed for a slice of the queries at a time, so that a 1024² image's 28 x 4098 x 9000
+# never exist at once. On a CPU a slice should stay in the processor's cache: 1,218 queries over 4,290 keys took 38 ms
+# that way, 143 ms in one piece.
 _MAX_SCORES = {"cpu": 2**21, "default": 2**26}
 
 

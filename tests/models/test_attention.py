@@ -150,7 +150,5 @@ def test_slices_are_the_targets(monkeypatch):
     monkeypatch.setattr(attention, "_MAX_SCORES", {"cpu": 2000, "default": 10**9})
     q, kv = draw(0, 500, 500, 1, 2, 4)
     traced = jax.jit(lambda q, k, v, e: attend(q, KV(k, v), e)).trace(q, *kv, np.full(500, 500))
-    loops = [
-        "stablehlo.while" in traced.lower(lowering_platforms=(platform,)).as_text() for platform in ("cpu", "tpu")
-    ]
+    loops = ["stablehlo.while" in traced.lower(lowering_platforms=(platform,)).as_text() for platform in ("cpu", "tpu")]
     assert loops == [True, False]
