@@ -27,7 +27,7 @@ from bagel_jax.layout import NUM_MARKERS
 from bagel_jax.models.layers import stack, unrolled
 from bagel_jax.models.weights import Weights, abstract_weights, flatten
 from bagel_jax.placement.placement import Placement
-from bagel_jax.placement.spread import DATA, HEADS, LATENTS, QUERIES
+from bagel_jax.placement.spread import DATA, HEADS, QUERIES
 from bagel_jax.settings import EngineConfig, attention_backend
 
 PAGE = EngineConfig().page_size
@@ -155,21 +155,21 @@ class Model:
         )
 
     def _denoise(self, size: int, requests: int, rows: int) -> Program:
-        c, all_rows = self.config, padded_rows(requests * rows, self.spread)
+        c, all_rows = self.config, padded_rows(requests * rows)
         inside = (size // c.token_pixels) ** 2
         count = padded_tokens(inside, c, self.spread)
         most = TEXT + inside + c.max_vit_patches**2 + 2 * NUM_MARKERS
         width = power_of_two(-(-most // PAGE) + block_pages(inside, PAGE), LEAST_WIDTH)
         largest = padded_tokens(c.max_latent_size**2, c, self.spread)
         markers = np.zeros(2, np.int32)
-        batch, views = nobody.denoising(c, self.slots, count, all_rows, width, markers, self.spread)
+        batch, views = nobody.denoising(c, self.slots, count, all_rows, width, markers)
         static = DenoiseProgram(self.weights.skeleton, self.backend, count, self.spread)
         latents = self._of((self.slots, largest, c.latent_dim), jnp.float32)
         state = DenoiseState(latents, self.pages, None)
         rest = self._abstract((batch, views)), self._of((), jnp.int32)
         seen = most + inside
         by_row = self._cuts(all_rows, DATA)
-        parts = self.spread.parts(HEADS) * by_row * self._cuts(count, LATENTS)
+        parts = self.spread.parts(HEADS) * self.spread.parts(QUERIES)  # what cuts no rows cuts tokens
         return Program(
             f"denoise {size}², {rows} rows" + (f" x {requests} requests" if requests > 1 else ""),
             lambda: denoise.trace(static, self.arrays, state, *rest[0], None, rest[1]),

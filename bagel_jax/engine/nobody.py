@@ -14,7 +14,6 @@ from bagel_jax.engine.context.scheduler import MAX_TEXTS
 from bagel_jax.engine.context.steps import DecodeBatch, PrefillBatch
 from bagel_jax.engine.denoise.batch import denoise_batch, denoise_rows
 from bagel_jax.engine.denoise.steps import DenoiseBatch, DenoiseRows
-from bagel_jax.placement.spread import Spread
 from bagel_jax.sampling.tokens import SamplingParams
 
 
@@ -47,10 +46,10 @@ def image(c: BagelConfig, grid: tuple[int, int]) -> tuple[np.ndarray, np.ndarray
 
 
 def denoising(
-    c: BagelConfig, slots: int, tokens: int, rows: int, width: int, markers: np.ndarray, spread: Spread
+    c: BagelConfig, slots: int, tokens: int, rows: int, width: int, markers: np.ndarray
 ) -> tuple[DenoiseBatch, DenoiseRows]:
     """So many slots of so many latent tokens, and rows with page tables `width` pages wide."""
-    none = denoise_rows([], slots, spread)
+    none = denoise_rows([], slots)
     nobody = none._replace(
         slot=np.full(rows, slots, np.int32),
         **{name: np.zeros(rows, np.int32) for name in ("view", "rope", "length")},
