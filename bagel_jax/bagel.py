@@ -81,9 +81,7 @@ class Bagel:
         self.load_seconds: float | None = None
         self.settings = settings or EngineConfig()
         self._check_precompile()
-        self.placements: tuple[Placement, Placement] = stage_placements(
-            self.settings.ar_device, self.settings.dit_device, by_turns=self.settings.topology == "single-stage"
-        )
+        self.placements: tuple[Placement, Placement] = stage_placements(self.settings, self.config, self.dtype)
         self._source = source
         self._first_use = threading.RLock()  # several threads may be the first
         self._weights: tuple[Weights, Weights] | None = None
@@ -128,7 +126,7 @@ class Bagel:
                 context, denoise = self.placements
                 weights = self._source.load(self.dtype, report, context.parameter)
                 weights = jax.block_until_ready(weights.for_serving(self.config, self.dtype))
-                again = weights if denoise.device == context.device else weights.on(denoise.pages())
+                again = weights if denoise.mesh == context.mesh else weights.on(denoise.parameter)
                 self._weights = weights, jax.block_until_ready(again)
                 self.load_seconds = time.perf_counter() - started
             return self._weights

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, get_args
 import msgspec
 from msgspec import Meta
 
+from bagel_jax.devices import MeshShape, device_numbers
 from bagel_jax.errors import InputError, check_choice, validated
 
 Attention = Literal["auto", "reference", "xla", "pallas"]
@@ -43,9 +44,24 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         ),
     ] = 8
     dit_max_num_seqs: Annotated[int, _field("images at once in stage 1, which denoises", "N", ge=1, le=256)] = 2
-    # The weights are on both devices.
-    ar_device: Annotated[int, _field("number of the device of stage 0", "I", ge=0)] = 0
-    dit_device: Annotated[int, _field("number of the device of stage 1", "I", ge=0)] = 0
+    mesh: Annotated[
+        str,
+        _field(
+            "devices of both stages along axes, as data=2,tensor=4: data has requests and guidance rows, sequence the "
+            "tokens of one image, tensor heads and MLP (default: chosen for the devices and the model; one on a CPU)",
+            "AXES",
+        ),
+    ] = ""
+    ar_mesh: Annotated[str, _field("as --mesh, of stage 0 alone", "AXES")] = ""
+    dit_mesh: Annotated[str, _field("as --mesh, of stage 1 alone", "AXES")] = ""
+    ar_devices: Annotated[str, _field("numbers of the devices of stage 0, as 0-3 or 0,2", "LIST")] = ""
+    dit_devices: Annotated[str, _field("numbers of the devices of stage 1", "LIST")] = ""
+    # Each stage has the weights on its own devices.
+    ar_device: Annotated[
+        Annotated[int, Meta(ge=0)] | None,
+        _field("number of the first device of stage 0, the only one without a mesh", "I"),
+    ] = None
+    dit_device: Annotated[Annotated[int, Meta(ge=0)] | None, _field("the same of stage 1", "I")] = None
     topology: Annotated[
         Topology, _field("two-stage: both stages at the same time, a thread each; single-stage: by turns")
     ] = "two-stage"
@@ -80,6 +96,28 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 f"{self.ar_max_num_seqs}, since each request in work decodes a token a step"
             )
         _ = self.precompile_sizes
+        for stage in ("ar", "dit"):
+            if self.stage_devices(stage) is not None and self.stage_device(stage, asked=True) is not None:
+                raise InputError(f"{stage}_device and {stage}_devices are both given; give one of them")
+            self.stage_mesh(stage)
+
+    def stage_mesh(self, stage: str) -> MeshShape | None:
+        """The mesh of a stage, `ar` or `dit`; None: to be chosen."""
+        name = f"{stage}_mesh" if getattr(self, f"{stage}_mesh") else "mesh"
+        text = getattr(self, name)
+        return MeshShape.parse(name, text) if text else None
+
+    def stage_devices(self, stage: str) -> tuple[int, ...] | None:
+        """The numbers of the devices of a stage, `ar` or `dit`; None: to be chosen."""
+        name = f"{stage}_devices"
+        text = getattr(self, name)
+        return device_numbers(name, text) if text else None
+
+    def stage_device(self, stage: str, *, asked: bool = False) -> int | None:
+        """The number of a stage's first device; None: to be chosen. Where only the other stage's is said, it is 0."""
+        device = getattr(self, f"{stage}_device")
+        said = self.ar_device is not None or self.dit_device is not None
+        return 0 if device is None and said and not asked else device
 
     @property
     def precompile_sizes(self) -> tuple[tuple[int, int], ...] | Literal["all"] | None:

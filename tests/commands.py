@@ -74,13 +74,13 @@ class Cli:
         return Ran(code, *self._capsys.readouterr(), folder)
 
 
-def process(*args: Any, **env: str | None) -> subprocess.CompletedProcess:
+def process(*args: Any, timeout: float = 300, **env: str | None) -> subprocess.CompletedProcess:
     """Python with arguments in a process of its own, with changes to its environment (None: unset)."""
     changed = {**os.environ, **{name: value for name, value in env.items() if value is not None}}
     for name in (name for name, value in env.items() if value is None):
         changed.pop(name, None)
     command = [sys.executable, *map(str, args)]
-    return subprocess.run(command, env=changed, capture_output=True, encoding="utf-8", timeout=300, check=False)
+    return subprocess.run(command, env=changed, capture_output=True, encoding="utf-8", timeout=timeout, check=False)
 
 
 def small_copy(model: Bagel, tokens: int = 4) -> Bagel:

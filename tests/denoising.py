@@ -16,6 +16,7 @@ from bagel_jax.engine.handoff import ContextKV
 from bagel_jax.engine.kv.store import VIEWS, KVStore, block_pages, largest_context
 from bagel_jax.engine.ticket import Ticket
 from bagel_jax.inputs.prepare import Prepared
+from bagel_jax.placement.spread import ONE_DEVICE
 from bagel_jax.request import Result
 from bagel_jax.settings import EngineConfig
 
@@ -49,7 +50,7 @@ class Denoising:
         self.jobs, self._params, self._config = stage.jobs, stage.weights.arrays, config
         self.state = loop.DenoiseState(stage.latents, store.pages, None)
         self._markers = np.asarray([model.tokenizer.vision_start, model.tokenizer.vision_end], np.int32)
-        self._count = padded_tokens(self.jobs, config)
+        self._count = padded_tokens(max(job.tokens for job in self.jobs), config, ONE_DEVICE)
         self._static = loop.DenoiseProgram(stage.weights.skeleton, stage.backend, self._count)
 
     @property
@@ -64,7 +65,7 @@ class Denoising:
     def _arguments(self) -> tuple[loop.DenoiseBatch, loop.DenoiseRows]:
         slots = len(self.jobs)
         batch = denoise_batch(self.busy, slots, self._count, self._config, self._markers)
-        return batch, denoise_rows(self.busy, slots)
+        return batch, denoise_rows(self.busy, slots, ONE_DEVICE)
 
     def evaluate(self) -> np.ndarray:
         """One evaluation in a call of `one_step`; returns the guided velocities `[Q, N, C p²]`, padded."""

@@ -83,9 +83,9 @@ def drawn(params: nnx.State) -> nnx.State:
 
 
 @functools.cache
-def weights() -> Weights:
+def weights(config: BagelConfig = CONFIG) -> Weights:
     """The model's weights."""
-    abstract = abstract_weights(CONFIG, jnp.float32)
+    abstract = abstract_weights(config, jnp.float32)
     return Weights(abstract.graph, drawn(abstract.params))
 
 
@@ -95,12 +95,12 @@ class _Source:
     config: BagelConfig = CONFIG
 
     def load(self, dtype, progress=None, sharding=None) -> Weights:
-        return weights()
+        return weights(self.config) if sharding is None else weights(self.config).on(sharding)
 
 
-def new_model(**settings) -> Bagel:
+def new_model(config: BagelConfig = CONFIG, **settings) -> Bagel:
     """An engine that has served nobody yet."""
-    return Bagel(_Source(), "float32", EngineConfig(**SERVING | settings))
+    return Bagel(_Source(config=config), "float32", EngineConfig(**SERVING | settings))
 
 
 @functools.cache

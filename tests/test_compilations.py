@@ -47,6 +47,12 @@ def compiled_by(model: Bagel, changes: list[dict], *args, known: tuple[dict, ...
     return counts
 
 
+@pytest.fixture(scope="module")
+def tiny(tiny_dir) -> Bagel:
+    """A model that has served nobody: of what others have asked it would find prefixes, and not compute them."""
+    return Bagel.load(tiny_dir, dtype="float32")
+
+
 DENOISING = [
     {"steps": 5},
     {"cfg_text_scale": 2.5},

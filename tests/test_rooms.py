@@ -33,14 +33,15 @@ MAY_IMPORT = {
     "inputs": {"request", "config", "layout"},
     "request": {"config", "options"},
     "options": set(),
-    "settings": set(),
+    "settings": {"devices"},
     "buckets": set(),
     "clock": set(),
     "command": set(),
     "pallas": set(),
-    "placement": set(),
+    "placement": {"models", "settings", "config", "devices"},
     "layout": set(),
     "config": set(),
+    "devices": set(),
     "errors": set(),
 }
 

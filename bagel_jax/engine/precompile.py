@@ -20,7 +20,7 @@ from bagel_jax.engine.context.stage import ContextStage
 from bagel_jax.engine.core import Engine
 from bagel_jax.engine.denoise import decoder
 from bagel_jax.engine.denoise import steps as denoise_steps
-from bagel_jax.engine.denoise.batch import LEAST_WIDTH, denoise_batch, denoise_rows, padded_rows
+from bagel_jax.engine.denoise.batch import LEAST_WIDTH, denoise_batch, denoise_rows, padded_rows, padded_tokens
 from bagel_jax.engine.denoise.stage import DenoiseStage
 from bagel_jax.engine.kv.store import VIEWS, block_pages
 from bagel_jax.inputs.images import resized_size
@@ -79,7 +79,7 @@ def _context_programs(stage: ContextStage, sizes) -> Iterator[Callable]:
 
     def vit(count: int) -> jax.Array:
         patches = np.zeros((count, c.vit.channels * c.vit.patch_size**2), np.float32)
-        return context_steps.embed_vit(*model, patches, np.zeros(count, np.int32), np.int32(1))
+        return context_steps.embed_vit(*model, patches, np.zeros(count, np.int32), np.int32(1), static.spread)
 
     def encoded(grid: tuple[int, int]) -> jax.Array:
         pixels, cells = (
@@ -87,10 +87,11 @@ def _context_programs(stage: ContextStage, sizes) -> Iterator[Callable]:
             for unit, width in ((c.token_pixels, 3), (c.latent_patch_size, c.autoencoder.latent_channels))
         )
         size = np.asarray(pixels.shape[:2], np.int32)
-        return context_steps.encode_image(*model, pixels, cells, size, c.max_latent_size**2)
+        return context_steps.encode_image(*model, pixels, cells, size, c.max_latent_size**2, static.spread)
 
     def vae(count: int, grid: tuple[int, int]) -> jax.Array:
-        return context_steps.embed_vae(*model, encoded(grid), np.full(count, -1, np.int32), np.zeros(count, np.int32))
+        index, positions = np.full(count, -1, np.int32), np.zeros(count, np.int32)
+        return context_steps.embed_vae(*model, encoded(grid), index, positions, static.spread)
 
     yield from (partial(decode, 1 << i) for i in range(power_of_two(most).bit_length()))
     longest = power_of_two(stage.settings.max_num_batched_tokens)
@@ -132,12 +133,12 @@ def _denoise_programs(engine: Engine, sizes) -> Iterator[Callable]:
     widths, counts = set(), set()
     for rows, columns in made:
         inside = rows * columns
-        counts.add(min(bucket(inside, 64), c.max_latent_size**2))
+        counts.add(padded_tokens(inside, c, stage.spread))
         blocks = block_pages(inside, store.page_size)
         most = _TEXT + inside + c.max_vit_patches**2 + 2 * NUM_MARKERS
         first, last = (power_of_two(store.count(length) + blocks, LEAST_WIDTH) for length in (0, most))
         widths |= {first << i for i in range((last // first).bit_length())}
-    numbers = sorted({padded_rows(n) for n in range(1, slots * VIEWS + 1)})
+    numbers = sorted({padded_rows(n, stage.spread) for n in range(1, slots * VIEWS + 1)})
     if store is not engine.context.store:
         largest = store.count(_TEXT + c.max_latent_size**2 + c.max_vit_patches**2 + 2 * NUM_MARKERS)
         yield from (partial(_move, engine, 1 << i) for i in range(power_of_two(largest).bit_length()))
@@ -163,24 +164,25 @@ def _move(engine: Engine, count: int) -> None:
 
 
 def _join(stage: DenoiseStage) -> None:
-    stage.latents = denoise_steps.join(stage.latents, np.int32(0), np.zeros(stage.latents.shape[1:], np.float32))
+    noise = np.zeros(stage.latents.shape[1:], np.float32)
+    stage.latents = denoise_steps.join(stage.latents, np.int32(0), noise, spread=stage.spread)
 
 
 def _evaluate(stage: DenoiseStage, count: int, rows: int, width: int) -> None:
     slots, store = len(stage.slots), stage.store
     batch = denoise_batch([], slots, count, stage.config, stage.markers)
-    none = denoise_rows([], slots)
+    none = denoise_rows([], slots, stage.spread)
     nobody = none._replace(
         slot=np.full(rows, slots, np.int32),
         **{name: np.zeros(rows, np.int32) for name in ("view", "rope", "length")},
         page_table=np.zeros((rows, width), np.int32),
     )
-    static = denoise_steps.DenoiseProgram(stage.weights.skeleton, stage.backend, count)
+    static = denoise_steps.DenoiseProgram(stage.weights.skeleton, stage.backend, count, stage.spread)
     state = denoise_steps.DenoiseState(stage.latents, store.pages, None)
     state, _ = denoise_steps.denoise(static, stage.weights.arrays, state, batch, nobody, None, np.int32(0))
     stage.latents, store.pages = state.latents, state.pages
 
 
 def _draw(stage: DenoiseStage, count: int, grid: tuple[int, int]) -> jax.Array:
-    latents = denoise_steps.leave(stage.latents, np.zeros(count, np.int32))
-    return decoder.start(stage.weights, latents, [grid] * count, grid)
+    latents = denoise_steps.leave(stage.latents, np.zeros(count, np.int32), spread=stage.spread)
+    return decoder.start(stage.weights, latents, [grid] * count, grid, stage.spread)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -65,9 +66,10 @@ class Weights:
         """The device where the parameters are, one of them if there are several."""
         return next(iter(self.arrays[0].devices()))
 
-    def on(self, sharding: jax.sharding.Sharding) -> Weights:
-        """The same weights elsewhere."""
-        return Weights(self.graph, jax.device_put(self.params, sharding))
+    def on(self, sharding: Callable[[str, tuple[int, ...]], jax.sharding.Sharding]) -> Weights:
+        """The same weights elsewhere: `sharding` says where a parameter of a path and shape goes."""
+        moved = {path: jax.device_put(x, sharding(path, x.shape)) for path, x in flatten(self.params).items()}
+        return fill(self, moved)
 
     @property
     def better_unrolled(self) -> bool:
@@ -99,6 +101,13 @@ class Weights:
     def model(self) -> BagelModel:
         """The module again."""
         return nnx.merge(self.graph, self.params)
+
+
+@functools.cache
+def weight_bytes(config: BagelConfig, dtype) -> int:
+    """Bytes of all parameters in a dtype."""
+    leaves = jax.tree.leaves(abstract_weights(config, dtype).params)
+    return sum(math.prod(leaf.shape) for leaf in leaves) * np.dtype(dtype).itemsize
 
 
 def abstract_weights(config: BagelConfig, dtype, trunk_layers=stack) -> Weights:

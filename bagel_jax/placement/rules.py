@@ -6,11 +6,14 @@ sharding is another set of rules, and no network changes.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from bagel_jax.placement.spread import HEADS, TENSOR
 
 # First match by path; axes from the last one backwards, so that a leading layer axis needs no mention.
 _LOGICAL: tuple[tuple[str, tuple[str | None, ...]], ...] = (
@@ -26,6 +29,8 @@ _LOGICAL: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"trunk\.layers\..*\.(q|k|v)\.kernel\.lora_b", (None, "heads", None)),
     (r"trunk\.layers\..*\.lora_a", ("embed", None)),
     (r"trunk\.layers\..*\.lora_b", (None, "embed")),
+    (r"vit\.layers\.fc1\.kernel", ("embed", "mlp")),
+    (r"vit\.layers\.fc1\.bias", ("mlp",)),
     (r"vit\.layers\.fc2\.kernel", ("mlp", "embed")),
     (r"vit\.layers\..*\.kernel", ("embed", None)),
     (r"(connector|time_embed)\..*\.kernel", (None, "embed")),
@@ -33,12 +38,13 @@ _LOGICAL: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"latent_out\.kernel", ("embed", None)),
 )
 
-Rules = Mapping[str, str | None]
+# Mesh axes by logical axis; where several do not cut it evenly, fewer of them may, the last ones left out.
+Rules = Mapping[str, str | tuple[str, ...] | None]
 
 # Fully sharded data parallelism: each parameter is cut along the model width.
 FSDP: Rules = {"embed": "fsdp", "heads": None, "mlp": None, "vocab": None}
 # A stage of the engine: what is computed side by side is cut, the model width never.
-SERVING: Rules = {"embed": None, "heads": "tensor", "mlp": "tensor", "vocab": "tensor"}
+SERVING: Rules = {"embed": None, "heads": HEADS, "mlp": TENSOR, "vocab": TENSOR}
 
 
 def partition(path: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules = FSDP) -> PartitionSpec:
@@ -54,14 +60,22 @@ def partition(path: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules = FSDP
         ValueError: the rules put two axes of a parameter along one mesh axis.
     """
     names = next((axes for pattern, axes in _LOGICAL if re.fullmatch(pattern, path)), ())
-    spec: list[str | None] = [None] * (len(shape) - len(names))
+    spec: list[str | tuple[str, ...] | None] = [None] * (len(shape) - len(names))
     for size, name in zip(shape[len(spec) :], names, strict=True):
-        axis = rules.get(name) if name is not None else None
-        spec.append(axis if axis is not None and size % mesh.shape[axis] == 0 else None)
-    used = [axis for axis in spec if axis is not None]
+        spec.append(_even(size, rules.get(name) if name is not None else None, mesh))
+    used = [axis for axes in spec if axes is not None for axis in ((axes,) if isinstance(axes, str) else axes)]
     if len(used) != len(set(used)):
         raise ValueError(f"the rules put two axes of {path} along mesh axis {used[0]!r}")
     return PartitionSpec(*spec)
+
+
+def _even(size: int, axes: str | tuple[str, ...] | None, mesh: Mesh) -> str | tuple[str, ...] | None:
+    """Those of the axes that cut `size` evenly."""
+    if axes is None or isinstance(axes, str):
+        return axes if axes is not None and size % mesh.shape[axes] == 0 else None
+    while axes and size % math.prod(mesh.shape[axis] for axis in axes):
+        axes = axes[:-1]
+    return axes or None
 
 
 def sharding(path: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules = FSDP) -> NamedSharding:

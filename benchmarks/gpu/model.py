@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import zlib
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -33,9 +32,12 @@ class _Official:
     shapes = staticmethod(official_shapes)
 
 
-@partial(jax.jit, static_argnames=("shape", "name"))
-def _draw(number, shape, name):
-    """Bfloat16 values of about the size that trained weights have."""
+def _draw(number, shape, name, sharding=None):
+    """Bfloat16 values of about the size that trained weights have, made where they lie."""
+    return jax.jit(_drawn, static_argnums=(1, 2), out_shardings=sharding)(number, shape, name)
+
+
+def _drawn(number, shape, name):
     if name == "scale":
         return jnp.ones(shape, jnp.bfloat16)
     bits = jax.random.bits(jax.random.key(number, impl="rbg"), shape, jnp.uint16)
@@ -56,7 +58,8 @@ class RandomSource:
         flat = []
         for path, variable in nnx.to_flat_state(abstract.params):
             number = np.uint32(zlib.crc32(".".join(map(str, path)).encode()))
-            flat.append((path, variable.replace(_draw(number, variable.shape, path[-1]))))
+            place = sharding and sharding(".".join(map(str, path)), variable.shape)
+            flat.append((path, variable.replace(_draw(number, variable.shape, path[-1], place))))
         params = nnx.from_flat_state(flat)
         head = params["trunk"]["lm_head"]["kernel"]
         head.set_value(head.get_value().at[:, Tokenizer(self.directory).im_end].set(0))

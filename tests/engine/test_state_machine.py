@@ -108,10 +108,10 @@ def programs_of(made: Bagel, seed: int, monkeypatch, *, slow: bool) -> tuple[lis
     seen = []
 
     def noting(name, program):
-        def run(*args):
+        def run(*args, **kwargs):
             shapes = [(x.shape, str(x.dtype)) if hasattr(x, "shape") else x for x in jax.tree.leaves(args)]
             seen.append((name, str(shapes)))
-            return program(*args)
+            return program(*args, **kwargs)
 
         return run
 
@@ -451,13 +451,13 @@ def test_a_request_that_comes_while_suspects_restart(bagel, monkeypatch):
             raise RuntimeError("the device failed")
         return denoise(static, arrays, state, batch, *rest)
 
-    def slow(*args):
+    def slow(*args, **kwargs):
         if failed:
             restarted.append(True)
             if len(restarted) == 2:  # the last suspect takes its slot
                 joining.set()
                 time.sleep(0.3)
-        return join(*args)
+        return join(*args, **kwargs)
 
     requests = [bench(str(i), 40, seed=i) for i in range(5)]
     contexts = [bagel.context(request) for request in requests]

@@ -66,7 +66,9 @@ class ContextStage:
         self.weights, self.config, self.store = weights, config, store
         self.tokenizer, self.settings = tokenizer, settings
         platform = store.placement.platform
-        self.program = steps.ContextProgram(weights.skeleton, attention_backend(settings.attention, platform))
+        self.program = steps.ContextProgram(
+            weights.skeleton, attention_backend(settings.attention, platform), spread=store.placement.spread
+        )
         self.table_width = min(store.pool.num_pages, -(-MAX_CONTEXT // settings.page_size))
         self.scheduler = Scheduler(store, settings, tokenizer.special.markers)
         if settings.attention == "pallas":
@@ -238,15 +240,16 @@ class ContextStage:
         """An image's block between its markers, `[N, D]`, padded."""
         prepared, segment = chunk.job.ticket.prepared, chunk.segment
         image = prepared.images[segment.image]
-        model = self.weights.skeleton, self.weights.arrays
+        model, spread = (self.weights.skeleton, self.weights.arrays), self.program.spread
         padding = bucket(segment.num_inside, 64) - segment.num_inside
         if isinstance(segment, VaeImage):
             tokens, index = self._encode(image.vae_pixels, prepared.posterior_noise[segment.image])
             positions = np.pad(latent_positions((segment.rows, segment.columns), self.config), (0, padding))
-            return steps.embed_vae(*model, tokens, np.pad(index, (0, padding), constant_values=-1), positions)
+            index = np.pad(index, (0, padding), constant_values=-1)
+            return steps.embed_vae(*model, tokens, index, positions, spread)
         patches = np.pad(image.vit_patches, ((0, padding), (0, 0)))
         positions = np.pad(vit_positions(image, self.config), (0, padding))
-        return steps.embed_vit(*model, patches, positions, np.int32(segment.num_inside))
+        return steps.embed_vit(*model, patches, positions, np.int32(segment.num_inside), spread)
 
     def _encode(self, pixels: np.ndarray, noise: np.ndarray) -> tuple[jax.Array, np.ndarray]:
         """Latent tokens of an image's padded grid, and which of them are the image's, `[N]` int32."""
@@ -258,7 +261,7 @@ class ContextStage:
             for x, unit in ((pixels, c.token_pixels), (noise, c.latent_patch_size))
         )
         tokens = steps.encode_image(
-            self.weights.skeleton, self.weights.arrays, pixels, noise, size, c.max_latent_size**2
+            self.weights.skeleton, self.weights.arrays, pixels, noise, size, c.max_latent_size**2, self.program.spread
         )
         real_rows, real_columns = size // c.token_pixels
         index = np.arange(real_rows, dtype=np.int32)[:, None] * columns + np.arange(real_columns, dtype=np.int32)

@@ -15,15 +15,30 @@ import jax
 import jax.numpy as jnp
 
 from bagel_jax.layout import Position, text_kv_end
+from bagel_jax.models.attention import KV
 from bagel_jax.models.bagel import BagelModel
 from bagel_jax.models.mot import Block
 from bagel_jax.models.weights import Skeleton
 from bagel_jax.pallas.paged_attention import pages as layout
 from bagel_jax.pallas.paged_attention.api import paged_attention, paged_decode
+from bagel_jax.placement.spread import (
+    DATA,
+    HEADS,
+    IMAGE_ROWS,
+    ONE_DEVICE,
+    PAGES,
+    QUERIES,
+    SEQUENCE,
+    Spec,
+    Spread,
+)
 from bagel_jax.sampling.tokens import SamplingParams, choose
 
 # Decoding steps of one call at most, where nothing else is to be done.
 MAX_CALL = 16
+# A step's tokens are cut by these axes of the mesh, where each part has enough of them to be worth it.
+TOKENS = (DATA, SEQUENCE)
+_LEAST_CUT = 128
 
 
 class DecodeBatch(NamedTuple):
@@ -62,6 +77,7 @@ class ContextProgram(NamedTuple):
     skeleton: Skeleton
     backend: str  # of attention
     latents: bool = False  # the image's tokens are latents, for the generation expert
+    spread: Spread = ONE_DEVICE
 
 
 program = partial(jax.jit, static_argnames=("static",), donate_argnames=("pages",))
@@ -90,32 +106,85 @@ def advance(
     if chunk is not None and chunk.image is not None:
         x = Block(x.und, chunk.image) if static.latents else Block(jnp.concatenate([x.und, chunk.image]))
 
+    if rope.shape[0] >= _LEAST_CUT * static.spread.parts(TOKENS):
+        x = static.spread.lay(x, TOKENS)
+    decoding = None if rows is None else Decoding(page_table, jnp.where(rows.done, 0, text_kv_end(rows.place)))
+    prefilling = None if chunk is None else Prefilling(chunk.kv_end, chunk.offsets, chunk.page_table)
+    attend = _attention(static, num_rows, rope.shape[0] - num_rows)
+
     def attention(layer, q, kv, pages):
-        pages = layout.write(pages, layer, page, slot, kv.k, kv.v)
-        outs = []
-        if rows is not None:
-            kv_end = jnp.where(rows.done, 0, text_kv_end(rows.place))
-            outs.append(paged_decode(q[:num_rows], pages, layer, page_table, kv_end, backend=static.backend))
-        if chunk is not None:
-            ragged = chunk.page_table, chunk.offsets, chunk.kv_end
-            outs.append(paged_attention(q[num_rows:], pages, layer, *ragged, backend=static.backend))
-        return jnp.concatenate(outs), pages
+        some = q[:num_rows] if rows is not None else None, q[num_rows:] if chunk is not None else None
+        outs, pages = attend(layer, some, kv, pages, page, slot, decoding, prefilling)
+        return jnp.concatenate([out for out in outs if out is not None]), pages
 
     out, pages = model.trunk(x, rope, attention, pages)
     return (None if rows is None else model.trunk.logits(model.trunk.norm(out.und[:num_rows]))), pages
 
 
+class Decoding(NamedTuple):
+    """What the attention of R rows that decode must know."""
+
+    page_table: jax.Array  # [R, n] int32
+    kv_end: jax.Array  # [R] int32
+
+
+class Prefilling(NamedTuple):
+    """What the attention of T + N tokens that are prefilled must know; see `PrefillBatch`."""
+
+    kv_end: jax.Array
+    offsets: jax.Array
+    page_table: jax.Array
+
+
+def _attend(static: ContextProgram, cut: bool, layer, q, kv: KV, pages, page, slot, decoding, prefilling):
+    """Writes the step's keys and values, and attends from the queries that this device has.
+
+    Args:
+        static: see `ContextProgram`.
+        cut: whether this device has only a part of the queries that are prefilled.
+        layer: its number.
+        q: queries `[R, H, E]` of rows that decode, and `[T + N, H, E]` of tokens that are prefilled, each or None.
+        kv: of all tokens, `[R + T + N, K, E]`.
+        pages, page, slot: see `pages.write`.
+        decoding, prefilling: of the queries; None as those are.
+    """
+    pages = layout.write(pages, layer, page, slot, kv.k, kv.v)
+    rows, chunk = q
+    if rows is not None:
+        rows = paged_decode(rows, pages, layer, *decoding, backend=static.backend)
+    if chunk is not None:
+        offsets = prefilling.offsets
+        if cut:
+            count = chunk.shape[0]
+            offsets = jnp.clip(offsets - static.spread.number(QUERIES) * count, 0, count)
+        ragged = prefilling.page_table, offsets, prefilling.kv_end
+        chunk = paged_attention(chunk, pages, layer, *ragged, backend=static.backend)
+    return (rows, chunk), pages
+
+
+def _attention(static: ContextProgram, num_rows: int, num_chunk: int):
+    """`_attend` with each device's own heads, and its own queries where they can be shared out evenly."""
+    rows, chunk = (static.spread.even(count, QUERIES) for count in (num_rows, num_chunk))
+    q = Spec(rows, HEADS), Spec(chunk, HEADS)
+    whole = Spec()
+    in_specs = whole, q, Spec(None, HEADS), PAGES, whole, whole, Spec(rows)
+    in_specs = *in_specs, Prefilling(Spec(chunk), whole, whole) if num_chunk else None
+    return static.spread.each(partial(_attend, static, chunk is not None), in_specs, (q, PAGES))
+
+
 @program
 def prefill(static: ContextProgram, arrays, pages, chunk: PrefillBatch):
     """Writes the keys and values of a chunk; returns something small that is there when they are, and the pages."""
-    return chunk.offsets, advance(static.skeleton.merge(arrays), pages, None, None, chunk, static)[1]
+    pages = advance(static.skeleton.merge(arrays), pages, None, None, chunk, static)[1]
+    return static.spread.lay(chunk.offsets), static.spread.lay(pages, *PAGES)
 
 
 @program
 def mixed(static: ContextProgram, arrays, pages, rows: DecodeBatch, page_table, chunk: PrefillBatch, sampling):
     """One token for each row, and a chunk; returns the tokens chosen next, `[R, 1]`, and the pages."""
     logits, pages = advance(static.skeleton.merge(arrays), pages, rows, page_table, chunk, static)
-    return choose(logits, rows.count, sampling)[:, None], pages
+    chosen = choose(logits, rows.count, sampling)[:, None]
+    return static.spread.lay(chosen), static.spread.lay(pages, *PAGES)
 
 
 @program
@@ -149,20 +218,20 @@ def decode(
     chosen = jnp.zeros((rows.token.shape[0], MAX_CALL), jnp.int32)
     carry = jnp.int32(0), rows, chosen, pages
     _, rows, chosen, pages = jax.lax.while_loop(lambda c: (c[0] < steps) & ~c[1].done.all(), step, carry)
-    return chosen, rows, pages
+    return *static.spread.lay((chosen, rows)), static.spread.lay(pages, *PAGES)
 
 
-@partial(jax.jit, static_argnames=("skeleton",))
-def embed_vit(skeleton, arrays, patches, position_ids, length) -> jax.Array:
+@partial(jax.jit, static_argnames=("skeleton", "spread"))
+def embed_vit(skeleton, arrays, patches, position_ids, length, spread: Spread = ONE_DEVICE) -> jax.Array:
     """An image's patches `[N, patch patch 3]` -> trunk inputs `[N, D]`; `length` of the N are real.
 
     Compiled for each padded N, of which the published model has 34 up to its 4,900 patches.
     """
-    return skeleton.merge(arrays).embed_vit(patches, position_ids, length)
+    return spread.lay(skeleton.merge(arrays).embed_vit(patches, position_ids, length))
 
 
-@partial(jax.jit, static_argnames=("skeleton", "room"))
-def encode_image(skeleton, arrays, pixels, noise, size, room: int) -> jax.Array:
+@partial(jax.jit, static_argnames=("skeleton", "room", "spread"))
+def encode_image(skeleton, arrays, pixels, noise, size, room: int, spread: Spread = ONE_DEVICE) -> jax.Array:
     """An image's pixels, padded, to clean latent tokens, those of its padding among them.
 
     Compiled for each padded grid (`buckets.grids`).
@@ -178,12 +247,13 @@ def encode_image(skeleton, arrays, pixels, noise, size, room: int) -> jax.Array:
         `[room, C p²]`: the tokens of the padded grid, row by row, and zeros.
     """
     model = skeleton.merge(arrays)
+    pixels = spread.lay(pixels, IMAGE_ROWS)
     tokens = model.patchify_latents(model.autoencoder.encode(pixels[None], noise[None], size)[0])
-    return jnp.pad(tokens, ((0, room - tokens.shape[0]), (0, 0)))
+    return spread.lay(jnp.pad(tokens, ((0, room - tokens.shape[0]), (0, 0))))
 
 
-@partial(jax.jit, static_argnames=("skeleton",))
-def embed_vae(skeleton, arrays, tokens, index, position_ids) -> jax.Array:
+@partial(jax.jit, static_argnames=("skeleton", "spread"))
+def embed_vae(skeleton, arrays, tokens, index, position_ids, spread: Spread = ONE_DEVICE) -> jax.Array:
     """Clean latent tokens as trunk inputs.
 
     Compiled for each padded N, of which the published model has 32 up to its 4,096 tokens.
@@ -198,4 +268,4 @@ def embed_vae(skeleton, arrays, tokens, index, position_ids) -> jax.Array:
         `[N, D]`, zeros for padding.
     """
     x = skeleton.merge(arrays).embed_latents(tokens[index][None], jnp.zeros((1, 1)), position_ids)[0]
-    return jnp.where(index[:, None] < 0, jnp.zeros((), x.dtype), x)
+    return spread.lay(jnp.where(index[:, None] < 0, jnp.zeros((), x.dtype), x))

@@ -19,6 +19,7 @@ import numpy as np
 from bagel_jax.buckets import padded_grid
 from bagel_jax.errors import InputError
 from bagel_jax.models.weights import Weights
+from bagel_jax.placement.spread import IMAGE_ROWS, ONE_DEVICE, Spread
 
 # In latent tokens: a tile's side (512 pixels in the published model), and how far tiles overlap.
 TILE, OVERLAP = 32, 8
@@ -26,8 +27,8 @@ TILE, OVERLAP = 32, 8
 MAX_IMAGES = 4
 
 
-@partial(jax.jit, static_argnames=("skeleton",))
-def decode_latents(skeleton, arrays, tokens, size) -> jax.Array:
+@partial(jax.jit, static_argnames=("skeleton", "spread"))
+def decode_latents(skeleton, arrays, tokens, size, spread: Spread = ONE_DEVICE) -> jax.Array:
     """Latent tokens `[B, rows, columns, C p²]` -> pixels `[B, H, W, 3]`, about [-1, 1], not clipped.
 
     `size`: `[B, 2]` int32, rows and columns of each image's own tokens; the other ones are padding, whatever they hold,
@@ -36,16 +37,24 @@ def decode_latents(skeleton, arrays, tokens, size) -> jax.Array:
     model = skeleton.merge(arrays)
     rows, columns = tokens.shape[1:3]
     latents = jax.vmap(lambda x: model.unpatchify_latents(x, rows, columns))(tokens)
-    return model.autoencoder.decode(latents, size * model.config.latent_patch_size)
+    latents = spread.lay(latents, None, IMAGE_ROWS)
+    return spread.lay(model.autoencoder.decode(latents, size * model.config.latent_patch_size))
 
 
-@jax.jit
-def _on_grid(tokens, index) -> jax.Array:
+@partial(jax.jit, static_argnames=("spread",))
+def _on_grid(spread: Spread, tokens, index) -> jax.Array:
     """Tokens `[B, M, C p²]` on a grid: `index` `[B, rows, columns]` says which of its M each place of an image has."""
-    return jnp.take_along_axis(tokens, index.reshape(len(index), -1, 1), axis=1).reshape(*index.shape, -1)
+    cells = jnp.take_along_axis(tokens, index.reshape(len(index), -1, 1), axis=1)
+    return spread.lay(cells.reshape(*index.shape, -1))
 
 
-def start(weights: Weights, tokens: jax.Array, grids: Sequence[tuple[int, int]], padded: tuple[int, int]) -> jax.Array:
+def start(
+    weights: Weights,
+    tokens: jax.Array,
+    grids: Sequence[tuple[int, int]],
+    padded: tuple[int, int],
+    spread: Spread = ONE_DEVICE,
+) -> jax.Array:
     """Starts to decode images of one padded grid, without waiting; `cropped` gives the images.
 
     Args:
@@ -53,6 +62,7 @@ def start(weights: Weights, tokens: jax.Array, grids: Sequence[tuple[int, int]],
         tokens: `[B, M, C p²]`, each image's latent tokens and behind them anything.
         grids: each image's rows and columns.
         padded: their padded grid.
+        spread: the mesh that the weights are on.
 
     Returns:
         `[B, H, W, 3]`, with rubbish behind each image.
@@ -60,7 +70,8 @@ def start(weights: Weights, tokens: jax.Array, grids: Sequence[tuple[int, int]],
     index = np.zeros((len(grids), *padded), np.int32)
     for places, (rows, columns) in zip(index, grids, strict=True):
         places[:rows, :columns] = np.arange(rows * columns).reshape(rows, columns)
-    return decode_latents(weights.skeleton, weights.arrays, _on_grid(tokens, index), np.asarray(grids, np.int32))
+    cells, size = _on_grid(spread, tokens, index), np.asarray(grids, np.int32)
+    return decode_latents(weights.skeleton, weights.arrays, cells, size, spread=spread)
 
 
 def cropped(pixels: np.ndarray, grids: Sequence[tuple[int, int]], unit: int) -> list[np.ndarray]:
@@ -76,6 +87,7 @@ def decode(
     limit: int,
     *,
     tiled: bool = False,
+    spread: Spread = ONE_DEVICE,
 ) -> list[np.ndarray]:
     """Images from their latents, in tiles where a grid is larger than one and `tiled` is set.
 
@@ -87,6 +99,7 @@ def decode(
         grids: each image's rows and columns; best of one padded grid (`buckets.padded_grid`), for all are padded alike.
         limit: the longest side of a grid that the model has.
         tiled: see above.
+        spread: the mesh that the weights are on.
 
     Returns:
         Each image's pixels `[H, W, 3]` float32, about [-1, 1], not clipped.
@@ -99,9 +112,9 @@ def decode(
         if len(one) != grid[0] * grid[1]:
             raise InputError(f"an image of {grid[0]} x {grid[1]} latent tokens has {len(one)}; it must have as many")
     if tiled and max(map(max, grids)) > TILE:
-        return [_in_tiles(weights, one, grid, limit) for one, grid in zip(tokens, grids, strict=True)]
+        return [_in_tiles(weights, one, grid, limit, spread) for one, grid in zip(tokens, grids, strict=True)]
     cells = [one.reshape(*grid, -1) for one, grid in zip(tokens, grids, strict=True)]
-    return [image for group in groups(cells) for image in _at_once(weights, group, limit)]
+    return [image for group in groups(cells) for image in _at_once(weights, group, limit, spread)]
 
 
 def groups(images: Sequence) -> Iterator[Sequence]:
@@ -113,19 +126,19 @@ def groups(images: Sequence) -> Iterator[Sequence]:
         start += count
 
 
-def _at_once(weights: Weights, cells: Sequence[np.ndarray], limit: int) -> list[np.ndarray]:
+def _at_once(weights: Weights, cells: Sequence[np.ndarray], limit: int, spread: Spread) -> list[np.ndarray]:
     """Images of tokens `[rows, columns, C p²]` by one call."""
     size = np.asarray([x.shape[:2] for x in cells], np.int32)
     padded = padded_grid(*map(int, size.max(axis=0)), limit)
     tokens = np.zeros((len(cells), *padded, cells[0].shape[-1]), np.float32)
     for i, x in enumerate(cells):
         tokens[i, : x.shape[0], : x.shape[1]] = x
-    pixels = np.asarray(decode_latents(weights.skeleton, weights.arrays, tokens, size), np.float32)
+    pixels = np.asarray(decode_latents(weights.skeleton, weights.arrays, tokens, size, spread=spread), np.float32)
     unit = pixels.shape[1] // padded[0]
     return cropped(pixels, size, unit)
 
 
-def _in_tiles(weights: Weights, tokens: np.ndarray, grid: tuple[int, int], limit: int) -> np.ndarray:
+def _in_tiles(weights: Weights, tokens: np.ndarray, grid: tuple[int, int], limit: int, spread: Spread) -> np.ndarray:
     """An image `[H, W, 3]`, of which one tile at a time is decoded."""
     rows, columns = grid
     cells = tokens.reshape(rows, columns, -1)
@@ -133,7 +146,7 @@ def _in_tiles(weights: Weights, tokens: np.ndarray, grid: tuple[int, int], limit
     total, weight = None, None
     for top in starts(rows):
         for left in starts(columns):
-            (pixels,) = _at_once(weights, [cells[top : top + size[0], left : left + size[1]]], limit)
+            (pixels,) = _at_once(weights, [cells[top : top + size[0], left : left + size[1]]], limit, spread)
             unit = pixels.shape[0] // size[0]
             if total is None:
                 total = np.zeros((rows * unit, columns * unit, pixels.shape[-1]), np.float32)

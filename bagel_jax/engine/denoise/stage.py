@@ -69,8 +69,9 @@ class DenoiseStage:
         self.backend = attention_backend(settings.attention, store.placement.platform)
         self.markers = np.asarray(tokenizer.special.markers, np.int32)
         self.slots: list[DenoiseJob | None] = [None] * settings.dit_max_num_seqs
-        self._largest = config.max_latent_size**2  # tokens
-        self._block = block_pages(self._largest, settings.page_size)
+        self.spread = store.placement.spread
+        self._largest = padded_tokens(config.max_latent_size**2, config, self.spread)
+        self._block = block_pages(config.max_latent_size**2, settings.page_size)
         self.calls: deque[Call] = deque()
         self.reset()
 
@@ -88,8 +89,8 @@ class DenoiseStage:
     def size(self) -> tuple[int, int, bool]:
         """What the time of the next evaluation depends on: rows, tokens, whether some are forecast."""
         jobs = self.jobs
-        rows = len(denoise_rows(jobs, len(self.slots)).slot)
-        return rows, padded_tokens(jobs, self.config) if jobs else 0, all(job.taylor is None for job in jobs)
+        rows = len(denoise_rows(jobs, len(self.slots), self.spread).slot)
+        return rows, self._padded_tokens(jobs) if jobs else 0, all(job.taylor is None for job in jobs)
 
     @property
     def lost(self) -> bool:
@@ -123,7 +124,7 @@ class DenoiseStage:
         self._lay_blocks(job)
         noise = np.zeros(self.latents.shape[1:], np.float32)
         noise[: job.tokens] = ticket.prepared.initial_latent
-        self.latents = steps.join(self.latents, np.int32(job.slot), noise)
+        self.latents = steps.join(self.latents, np.int32(job.slot), noise, spread=self.spread)
         self.slots[job.slot], ticket.denoise = job, job
         ticket.enter("denoise", now)
         return True
@@ -197,6 +198,9 @@ class DenoiseStage:
             ticket.lease = ticket.lease.moved(self.store) or ticket.lease
         return ticket.lease is not None and ticket.lease.store is self.store
 
+    def _padded_tokens(self, jobs: Sequence[DenoiseJob]) -> int:
+        return padded_tokens(max(job.tokens for job in jobs), self.config, self.spread)
+
     def _lay_blocks(self, job: DenoiseJob) -> None:
         """Gives each view pages for its block, which begins in a copy of the page with which its context ends."""
         size, blocks, copies = self.settings.page_size, self._block, []
@@ -213,13 +217,13 @@ class DenoiseStage:
         self.store.copy(copies)
 
     def _denoise(self, jobs: list[DenoiseJob], evaluations: int | None, now: float) -> None:
-        slots, count = len(self.slots), padded_tokens(jobs, self.config)
-        rows, ahead = denoise_rows(jobs, slots), forecasts_of(jobs, slots)
+        slots, count = len(self.slots), self._padded_tokens(jobs)
+        rows, ahead = denoise_rows(jobs, slots, self.spread), forecasts_of(jobs, slots)
         number = min(job.steps_alike() for job in jobs)
         if evaluations is not None:
             number = min(number, max(1, evaluations))
         batch = denoise_batch(jobs, slots, count, self.config, self.markers)
-        static = steps.DenoiseProgram(self.weights.skeleton, self.backend, count)
+        static = steps.DenoiseProgram(self.weights.skeleton, self.backend, count, self.spread)
         state = steps.DenoiseState(self.latents, self.store.pages, self._room_for_terms(jobs, count))
         state, ready = steps.denoise(static, self.weights.arrays, state, batch, rows, ahead, np.int32(number))
         self.latents, self.store.pages, self._terms = state
@@ -241,9 +245,9 @@ class DenoiseStage:
             for group in decoder.groups(alike):
                 slots = np.asarray([job.slot for job in group], np.int32)
                 grids = [job.ticket.prepared.latent_grid for job in group]
-                latents, pixels = steps.leave(self.latents, slots), None
+                latents, pixels = steps.leave(self.latents, slots, spread=self.spread), None
                 if not (self.settings.vae_tiling and max(map(max, grids)) > decoder.TILE):
-                    pixels = decoder.start(self.weights, latents, grids, padded)
+                    pixels = decoder.start(self.weights, latents, grids, padded, self.spread)
                 self.calls.append(
                     Call(list(group), latents if pixels is None else pixels, drawing=Drawing(latents, pixels))
                 )
@@ -268,7 +272,7 @@ class DenoiseStage:
                     one = latents[i, : job.tokens]
                     tiled = self.settings.vae_tiling
                     (pixels,) = decoder.decode(
-                        self.weights, [one], [grids[i]], self.config.max_latent_size, tiled=tiled
+                        self.weights, [one], [grids[i]], self.config.max_latent_size, tiled=tiled, spread=self.spread
                     )
                 outcome = self._result(job.ticket, latents[i, : job.tokens].copy(), pixels)
             except Exception as error:
@@ -294,5 +298,5 @@ class DenoiseStage:
         if wanted == there:
             return old
         shape = len(self.slots), VIEWS, *wanted, self.config.trunk.hidden_size
-        terms = self.store.placement.put(jnp.zeros(shape, self.store.dtype))
+        terms = self.store.placement.put(jnp.zeros(shape, self.store.dtype), *steps.TERMS)
         return terms if old is None else terms.at[:, :, : there[0], : there[1]].set(old)

@@ -16,12 +16,16 @@ import jax.numpy as jnp
 
 from bagel_jax.engine.kv.store import VIEWS
 from bagel_jax.layout import NUM_MARKERS, block_kv_end
+from bagel_jax.models.attention import KV
 from bagel_jax.models.bagel import BagelModel
 from bagel_jax.models.weights import Skeleton
 from bagel_jax.pallas.paged_attention import pages as layout
 from bagel_jax.pallas.paged_attention.api import paged_blocks
+from bagel_jax.placement.spread import DATA, HEADS, LATENTS, ONE_DEVICE, PAGES, SEQUENCE, Spec, Spread
 from bagel_jax.sampling.guidance import Guidance, combine
 from bagel_jax.sampling.taylorseer import Forecasts, expand, update
+
+TERMS = None, None, None, SEQUENCE  # how `DenoiseState.terms` lie
 
 
 class DenoiseProgram(NamedTuple):
@@ -30,6 +34,7 @@ class DenoiseProgram(NamedTuple):
     skeleton: Skeleton
     backend: str  # of attention
     tokens: int  # N, latent tokens computed for every request of the batch
+    spread: Spread = ONE_DEVICE
 
 
 class DenoiseState(NamedTuple):
@@ -76,18 +81,48 @@ def rows_hidden(
     real = rows.slot == slot
     kv_end = jnp.where(real, block_kv_end(rows.length, batch.tokens[slot]), 0)
     place = rows.length[:, None] + number
-    page = jnp.take_along_axis(rows.page_table, place // layout.page_size(pages), axis=1, mode="clip")
-    page = jnp.where(place < kv_end[:, None], page, 0).reshape(-1)  # page 0 is for what is nobody's
-    cells = page, (place % layout.page_size(pages)).reshape(-1)
+    size = layout.page_size(pages)
+    page = jnp.take_along_axis(rows.page_table, place // size, axis=1, mode="clip")
+    page = jnp.where(place < kv_end[:, None], page, 0)  # page 0 is for what is nobody's
 
     def attention(layer, q, kv, pages):
-        pages = layout.write(pages, layer, *cells, *(x.reshape(-1, *x.shape[2:]) for x in kv))
-        return paged_blocks(q, pages, layer, rows.page_table, kv_end, backend=static.backend), pages
+        # The markers apart, so that the latents are cut evenly.
+        some = q[:, :NUM_MARKERS], q[:, NUM_MARKERS:]
+        outs, pages = attend(layer, some, kv, pages, page, place % size, rows.page_table, kv_end)
+        return jnp.concatenate(outs, axis=1), pages
 
+    attend = _attention(static, rows.slot.shape[0])
+    x = static.spread.lay(latents[slot], DATA, SEQUENCE)
     timestep = batch.timesteps[slot, step[slot]]
-    return model.noised_hidden(
-        latents[slot], timestep, batch.position_ids[slot], batch.markers, rows.rope, attention, pages
-    )
+    return model.noised_hidden(x, timestep, batch.position_ids[slot], batch.markers, rows.rope, attention, pages)
+
+
+def _attend(static: DenoiseProgram, layer, q, kv: KV, pages, page, slot, page_table, kv_end):
+    """Writes the keys and values of this device's rows, and attends from the queries that it has.
+
+    Args:
+        static: see `DenoiseProgram`.
+        layer: its number.
+        q: queries of the markers `[R, 2, H, E]` and of latents `[R, N, H, E]`.
+        kv: of all tokens of the rows, `[R, 2 + N, K, E]`.
+        pages: see `pages.py`.
+        page, slot: `[R, 2 + N]` int32, where they go.
+        page_table: `[R, n]` int32.
+        kv_end: `[R]` int32.
+    """
+    flat = (x.reshape(-1, *x.shape[2:]) for x in (page, slot, kv.k, kv.v))
+    pages = layout.write(pages, layer, *flat)
+    out = paged_blocks(jnp.concatenate(q, axis=1), pages, layer, page_table, kv_end, backend=static.backend)
+    return (out[:, :NUM_MARKERS], out[:, NUM_MARKERS:]), pages
+
+
+def _attention(static: DenoiseProgram, num_rows: int):
+    """`_attend` with each device's own heads, rows and latents."""
+    rows, latents = static.spread.even(num_rows, DATA), static.spread.even(static.tokens, LATENTS)
+    q = Spec(rows, None, HEADS), Spec(rows, latents, HEADS)
+    by_row = Spec(rows)
+    in_specs = Spec(), q, Spec(rows, None, HEADS), PAGES, by_row, by_row, by_row, by_row
+    return static.spread.each(partial(_attend, static), in_specs, (q, PAGES))
 
 
 def _guided(v, batch: DenoiseBatch):
@@ -113,11 +148,11 @@ def one_step(
     v = jnp.zeros((requests, VIEWS, *latents.shape[1:]))
     if rows.slot.shape[0]:
         hidden, pages = rows_hidden(model, static, latents, step, pages, batch, rows)
-        v = v.at[rows.slot, rows.view].set(model.velocity(hidden), mode="drop")
+        v = v.at[rows.slot, rows.view].set(static.spread.lay(model.velocity(hidden)), mode="drop")
         if ahead is not None:
             cell = rows.slot, rows.view
             new = update(terms[*cell, :, :count], hidden, ahead.known[cell], ahead.distance[cell])
-            terms = terms.at[*cell, :, :count].set(new, mode="drop")
+            terms = static.spread.lay(terms.at[*cell, :, :count].set(new, mode="drop"), *TERMS)
     if ahead is not None:
         forecast = model.velocity(expand(terms[:, :, :, :count], ahead.distance + i))
         v = jnp.where(ahead.forecast[..., None, None], forecast, v)
@@ -151,16 +186,19 @@ def denoise(
     def step(i, state):
         return one_step(model, static, state, i, batch, rows, ahead)[1]
 
-    return jax.lax.fori_loop(0, steps, step, state), batch.step + steps
+    latents, pages, terms = jax.lax.fori_loop(0, steps, step, state)
+    latents, done = static.spread.lay((latents, batch.step + steps))
+    terms = static.spread.lay(terms, *TERMS)
+    return DenoiseState(latents, static.spread.lay(pages, *PAGES), terms), done
 
 
-@partial(jax.jit, donate_argnames=("latents",))
-def join(latents, slot, noise) -> jax.Array:
+@partial(jax.jit, static_argnames=("spread",), donate_argnames=("latents",))
+def join(latents, slot, noise, spread: Spread = ONE_DEVICE) -> jax.Array:
     """Latents `[Q, M, C p²]` with the noise `[M, C p²]` of one request more, in its slot."""
-    return latents.at[slot].set(noise)
+    return spread.lay(latents.at[slot].set(noise))
 
 
-@jax.jit
-def leave(latents, slots) -> jax.Array:
+@partial(jax.jit, static_argnames=("spread",))
+def leave(latents, slots, spread: Spread = ONE_DEVICE) -> jax.Array:
     """The latents of some requests, `[B, M, C p²]`: a copy, since what it is of is given to the next call."""
-    return latents[slots]
+    return spread.lay(latents[slots])

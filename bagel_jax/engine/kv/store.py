@@ -20,6 +20,7 @@ from bagel_jax.errors import InputError
 from bagel_jax.layout import NUM_MARKERS
 from bagel_jax.pallas.paged_attention import pages as layout
 from bagel_jax.placement.placement import Placement
+from bagel_jax.placement.spread import PAGES
 from bagel_jax.settings import EngineConfig
 
 VIEWS = 3  # of a context at most: as many as there are guidance branches
@@ -63,17 +64,17 @@ class KVStore:
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copies pages, each a pair (source, target), one after another."""
         for source, target in _groups(pairs):
-            self.pages = _copy_pages(self.pages, source, target)
+            self.pages = _copy_pages(self.placement.spread, self.pages, source, target)
 
     def take(self, numbers: Sequence[int]) -> jax.Array:
         """A copy of some pages, `[L, n, K, 2, page, E]`, n a power of two; what is behind the last is padding."""
-        return _take_pages(self.pages, _padded(numbers))
+        return _take_pages(self.placement.spread, self.pages, _padded(numbers))
 
     def put(self, numbers: Sequence[int], pages: jax.Array) -> None:
         """Writes `pages` `[L, n, K, 2, page, E]` into those numbered; padding behind the last goes to page 0."""
         padded = np.zeros(pages.shape[1], np.int32)
         padded[: len(numbers)] = numbers
-        self.pages = _put_pages(self.pages, padded, pages)
+        self.pages = _put_pages(self.placement.spread, self.pages, padded, pages)
 
     def reset(self) -> None:
         """After a failure in which the pages were lost; whoever held some must have let go of them."""
@@ -100,7 +101,7 @@ class KVStore:
     def _empty(self) -> jax.Array:
         c = self._config.trunk
         shape = c.num_layers, self._num_pages, c.num_kv_heads, self.page_size, c.head_dim
-        return self.placement.put(layout.empty_pages(*shape, self.dtype))
+        return layout.empty_pages(*shape, self.dtype, self.placement.pages())
 
 
 def largest_context(config: BagelConfig, page_size: int) -> int:
@@ -114,10 +115,11 @@ def block_pages(num_inside: int, page_size: int) -> int:
     return -(-(num_inside + NUM_MARKERS) // page_size) + 1
 
 
-def page_bytes(config: BagelConfig, page_size: int, dtype) -> int:
-    """Bytes of one page in all layers."""
+def page_bytes(config: BagelConfig, page_size: int, dtype, placement: Placement) -> int:
+    """Bytes that one page takes of a device, in all layers."""
     c = config.trunk
-    return c.num_layers * c.num_kv_heads * 2 * page_size * c.head_dim * jnp.dtype(dtype).itemsize
+    heads = c.num_kv_heads // placement.share_of_page()
+    return c.num_layers * heads * 2 * page_size * c.head_dim * jnp.dtype(dtype).itemsize
 
 
 def make_stores(
@@ -141,7 +143,7 @@ def make_stores(
     store = KVStore(context, config, size, count, blocks if own else 0, dtype)
     if own:
         return store, store
-    affordable = denoise.free_bytes(_SHARE) // page_bytes(config, size, dtype)
+    affordable = denoise.free_bytes(_SHARE) // page_bytes(config, size, dtype, denoise)
     if slots * largest + blocks + 1 > affordable:
         raise _too_many_images(slots, slots * largest + blocks + 1, affordable)
     return store, KVStore(denoise, config, size, slots * largest, blocks, dtype)
@@ -156,7 +158,7 @@ def _too_many_images(slots: int, needed: int, affordable: int) -> InputError:
 
 def _context_pages(placement: Placement, config: BagelConfig, settings: EngineConfig, dtype, blocks: int) -> int:
     budget = placement.free_bytes(_SHARE)
-    a_page = page_bytes(config, settings.page_size, dtype)
+    a_page = page_bytes(config, settings.page_size, dtype, placement)
     affordable = budget // a_page - 1
     if affordable < 1:
         raise InputError(
@@ -201,16 +203,16 @@ def _groups(pairs: Sequence[tuple[int, int]]) -> Iterator[tuple[np.ndarray, np.n
         yield padded[:, 0], padded[:, 1]
 
 
-@partial(jax.jit, donate_argnames=("pages",))
-def _copy_pages(pages, source, target) -> jax.Array:
-    return layout.copy_pages(pages, source, target)
+@partial(jax.jit, static_argnames=("spread",), donate_argnames=("pages",))
+def _copy_pages(spread, pages, source, target) -> jax.Array:
+    return spread.lay(layout.copy_pages(pages, source, target), *PAGES)
 
 
-@jax.jit
-def _take_pages(pages, numbers) -> jax.Array:
-    return layout.take_pages(pages, numbers)
+@partial(jax.jit, static_argnames=("spread",))
+def _take_pages(spread, pages, numbers) -> jax.Array:
+    return spread.lay(layout.take_pages(pages, numbers), *PAGES)
 
 
-@partial(jax.jit, donate_argnames=("pages",))
-def _put_pages(pages, numbers, others) -> jax.Array:
-    return layout.put_pages(pages, numbers, others)
+@partial(jax.jit, static_argnames=("spread",), donate_argnames=("pages",))
+def _put_pages(spread, pages, numbers, others) -> jax.Array:
+    return spread.lay(layout.put_pages(pages, numbers, others), *PAGES)

@@ -12,9 +12,11 @@ import jax
 import jax.numpy as jnp
 
 
-def empty_pages(num_layers: int, num_pages: int, num_kv_heads: int, page_size: int, head_dim: int, dtype) -> jax.Array:
-    """Pages of zeros, `[L, P, K, 2, page, E]`."""
-    return jnp.zeros((num_layers, num_pages, num_kv_heads, 2, page_size, head_dim), dtype)
+def empty_pages(
+    num_layers: int, num_pages: int, num_kv_heads: int, page_size: int, head_dim: int, dtype, sharding=None
+) -> jax.Array:
+    """Pages of zeros, `[L, P, K, 2, page, E]`, made where a sharding says."""
+    return jnp.zeros((num_layers, num_pages, num_kv_heads, 2, page_size, head_dim), dtype, device=sharding)
 
 
 def page_size(pages: jax.Array) -> int:

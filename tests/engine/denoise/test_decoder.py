@@ -37,9 +37,9 @@ def tiles(monkeypatch):
         monkeypatch.setattr(decoder, "TILE", tile)
         monkeypatch.setattr(decoder, "OVERLAP", overlap)
 
-        def seeing(skeleton, arrays, tokens, size):
-            seen.extend(map(tuple, size))
-            return real(skeleton, arrays, tokens, size)
+        def seeing(*args, **kwargs):
+            seen.extend(map(tuple, args[-1]))
+            return real(*args, **kwargs)
 
         monkeypatch.setattr(decoder, "decode_latents", seeing)
         return seen
@@ -50,7 +50,7 @@ def tiles(monkeypatch):
 def linear(channels: int = 3):
     """A stand-in for the decoder that sees no more than its own token: pixels are the token's first values."""
 
-    def run(skeleton, arrays, tokens, size):
+    def run(skeleton, arrays, tokens, size, spread=None):
         return np.asarray(tokens)[..., :channels].repeat(UNIT, axis=1).repeat(UNIT, axis=2)
 
     return run
@@ -134,7 +134,7 @@ def test_overlaps_are_blended(tiles):
     """The last tile wins where tiles overlap: a hard edge. Tiles of 0, 1, … make an image that rises evenly."""
     values = iter(range(2))
 
-    def run(skeleton, arrays, tokens, size):
+    def run(skeleton, arrays, tokens, size, spread=None):
         return np.full((1, tokens.shape[1] * UNIT, tokens.shape[2] * UNIT, 3), next(values), np.float32)
 
     tiles(4, 2, run)
@@ -191,7 +191,7 @@ def test_tiled_images_are_near_the_whole_one(tiles):
 def test_pixels_of_another_dtype(tiles):
     """A bfloat16 model: tiles cannot be added up, or are added up in bfloat16."""
     run = linear()
-    tiles(4, 2, lambda *args: jnp.asarray(run(*args), jnp.bfloat16))
+    tiles(4, 2, lambda *args, **_: jnp.asarray(run(*args), jnp.bfloat16))
     tokens = latents(1, 8, 8)
     image = decode(NO_MODEL, tokens, (8, 8), tiled=True)
     assert image.dtype == np.float32

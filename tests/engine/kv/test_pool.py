@@ -69,7 +69,14 @@ class Device:
 class Limited(Placement):
     """A placement on a device with so much memory left; arrays go where they always go."""
 
-    device = property(lambda self: self.mesh)
+    def __init__(self, device):
+        super().__init__(Placement.on(jax.devices()[0]).mesh)
+        object.__setattr__(self, "limited", device)
+
+    device = property(lambda self: self.limited)
+
+    def pages(self):
+        return None
 
     def put(self, tree):
         return tree
@@ -90,7 +97,7 @@ def test_free_memory():
 
 def test_automatic_number_of_pages():
     """The pool takes all memory, or far more pages than requests can fill, or none at all without a word."""
-    a_page = page_bytes(CONFIG, 64, jnp.float32)
+    a_page = page_bytes(CONFIG, 64, jnp.float32, Placement.on(jax.devices()[0]))
     assert a_page == 2 * 2 * 2 * 64 * 8 * 4  # L, K, keys and values, page, E, bytes
     much, four = 10**12, {"ar_max_num_seqs": 4}
     # 80 % of the memory, less page 0; of a store that is shared, less 3 pages for each of 6 blocks that are denoised.
@@ -112,7 +119,7 @@ def test_automatic_number_of_pages():
 
 def test_no_memory_for_images():
     """The device runs out of memory when the first image is denoised, an hour into a run."""
-    a_page, much = page_bytes(CONFIG, 64, jnp.float32), 10**12
+    a_page, much = page_bytes(CONFIG, 64, jnp.float32, Placement.on(jax.devices()[0])), 10**12
     with pytest.raises(InputError, match=r"dit_max_num_seqs is 2, for which stage 1 needs 20 pages; .* room for 18"):
         room(24 * a_page)
     # A context and three blocks each, and page 0.

@@ -1,0 +1,81 @@
+"""A stage over many devices gives what one device gives; a CPU pretends to have eight."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+
+import pytest
+from commands import process
+from golden import GENERATION, UNDERSTANDING
+
+EIGHT = {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"}
+ALL = [*GENERATION, *UNDERSTANDING, "text2img_taylorseer"]
+LITTLE = ["text2img_think", "img2text"]
+SPLIT = {"ar_mesh": "tensor=4", "dit_mesh": "data=2,sequence=2", "ar_devices": "0-3", "dit_devices": "4-7"}
+
+
+def told(**job) -> list[dict]:
+    """What `meshes.py` tells of a job."""
+    done = process("tests/meshes.py", json.dumps(job), **EIGHT, timeout=1500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def check(one: dict) -> None:
+    """A mesh's results are the official ones, and the second request found its programs."""
+    assert all(one["texts"].values()), one
+    assert all(error < 1e-4 for error in one["errors"].values()), one
+    assert one.get("pixels", 0) <= 1
+    assert one["compiled"] == []
+
+
+def test_golden_numbers_on_meshes():
+    """Rows that meet on one device, tokens that are not shared out evenly, a context that is moved: another image."""
+    meshes = [{"mesh": "data=2,sequence=3"}, SPLIT]
+    found = told(golden=[[settings, LITTLE] for settings in meshes])
+    assert [one["settings"] for one in found] == meshes
+    for one in found:
+        check(one)
+    assert [one["devices"] for one in found] == [[[*range(6)]] * 2, [[0, 1, 2, 3], [4, 5, 6, 7]]]
+    # Of four devices along tensor two share out the two KV heads; the MLP is cut four ways.
+    assert [one["page_share"] for one in found] == [[1, 1], [2, 1]]
+    assert 0.25 < found[1]["weight_share"][0] < 0.42
+    assert found[1]["weight_share"][1] == 1
+
+
+def test_random_load_on_a_mesh():
+    """Requests that come and go on several devices are told apart by other arrays than on one."""
+    for one in told(loads=[{"mesh": "data=2,tensor=2"}], heads=[{"mesh": "tensor=3"}]):
+        assert one["difference"] < 1e-5, one
+
+
+@pytest.mark.slow
+def test_random_loads_on_uneven_meshes():
+    """Nothing may depend on two or four KV heads."""
+    meshes = ["data=2,tensor=3", "tensor=6", "data=3,sequence=2", "sequence=2,tensor=2"]
+    for one in told(heads=[{"mesh": mesh} for mesh in meshes]):
+        assert one["difference"] < 1e-5, one
+
+
+@pytest.mark.slow
+def test_golden_numbers_on_every_mesh():
+    """A mesh that nobody has tried cuts something in the middle."""
+    shapes = [shape for shape in itertools.product(range(1, 9), repeat=3) if 1 < shape[0] * shape[1] * shape[2] <= 8]
+    meshes = [{"mesh": "data={},sequence={},tensor={}".format(*shape)} for shape in shapes]
+    assert len(meshes) == 37
+    found = told(golden=[[settings, LITTLE] for settings in meshes])
+    assert len(found) == len(meshes)
+    for one in found:
+        check(one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["data=2,sequence=2,tensor=2", "data=3,tensor=2", "tensor=8"])
+def test_all_golden_cases_on_a_mesh(mesh):
+    """Edits have three rows, and forecasts arrays of their own."""
+    (one,) = told(golden=[[{"mesh": mesh}, ALL]])
+    check(one)
+    assert one["errors"].keys() == {*GENERATION, "text2img_taylorseer"}
+    assert one["texts"].keys() == {"text2img_think", *UNDERSTANDING}
