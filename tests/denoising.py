@@ -65,7 +65,7 @@ class Denoising:
     def _arguments(self) -> tuple[loop.DenoiseBatch, loop.DenoiseRows]:
         slots = len(self.jobs)
         batch = denoise_batch(self.busy, slots, self._count, self._config, self._markers)
-        return batch, denoise_rows(self.busy, slots, ONE_DEVICE)
+        return batch, denoise_rows(self.busy, slots)
 
     def evaluate(self) -> np.ndarray:
         """One evaluation in a call of `one_step`; returns the guided velocities `[Q, N, C p²]`, padded."""

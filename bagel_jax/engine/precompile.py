@@ -138,7 +138,7 @@ def _denoise_programs(engine: Engine, sizes) -> Iterator[Callable]:
         most = _TEXT + inside + c.max_vit_patches**2 + 2 * NUM_MARKERS
         first, last = (power_of_two(store.count(length) + blocks, LEAST_WIDTH) for length in (0, most))
         widths |= {first << i for i in range((last // first).bit_length())}
-    numbers = sorted({padded_rows(n, stage.spread) for n in range(1, slots * VIEWS + 1)})
+    numbers = sorted({padded_rows(n) for n in range(1, slots * VIEWS + 1)})
     if store is not engine.context.store:
         largest = store.count(_TEXT + c.max_latent_size**2 + c.max_vit_patches**2 + 2 * NUM_MARKERS)
         yield from (partial(_move, engine, 1 << i) for i in range(power_of_two(largest).bit_length()))
@@ -171,7 +171,7 @@ def _join(stage: DenoiseStage) -> None:
 def _evaluate(stage: DenoiseStage, count: int, rows: int, width: int) -> None:
     slots, store = len(stage.slots), stage.store
     batch = denoise_batch([], slots, count, stage.config, stage.markers)
-    none = denoise_rows([], slots, stage.spread)
+    none = denoise_rows([], slots)
     nobody = none._replace(
         slot=np.full(rows, slots, np.int32),
         **{name: np.zeros(rows, np.int32) for name in ("view", "rope", "length")},

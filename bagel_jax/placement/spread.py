@@ -24,8 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 # and for each of them so many more, among which attention is cut by queries, since a head never is.
 DATA, SEQUENCE, HEADS, SPARE = AXES = ("data", "sequence", "heads", "spare")
 TENSOR = (HEADS, SPARE)
-LATENTS = (SEQUENCE, SPARE)  # what cuts one image's tokens in attention
-QUERIES = (DATA, SEQUENCE, SPARE)  # what cuts the tokens of a step of stage 0 in attention
+QUERIES = (DATA, SEQUENCE, SPARE)  # what may cut queries in attention
 IMAGE_ROWS = AXES  # what cuts an image's rows in the autoencoder
 PAGES = PartitionSpec(None, None, HEADS, None, None, None)
 

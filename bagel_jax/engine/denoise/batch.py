@@ -16,7 +16,7 @@ from bagel_jax.engine.denoise.jobs import DenoiseJob
 from bagel_jax.engine.denoise.steps import DenoiseBatch, DenoiseRows
 from bagel_jax.engine.kv.store import VIEWS
 from bagel_jax.inputs.prepare import latent_positions
-from bagel_jax.placement.spread import DATA, LATENTS, Spread
+from bagel_jax.placement.spread import QUERIES, Spread
 from bagel_jax.request import MAX_STEPS, Settings
 from bagel_jax.sampling.guidance import Guidance, guidance
 from bagel_jax.sampling.taylorseer import Forecasts
@@ -27,17 +27,15 @@ LEAST_WIDTH = 4
 
 def padded_tokens(tokens: int, config: BagelConfig, spread: Spread) -> int:
     """N of a call for images of so many tokens; not more than the largest image has, but for what a mesh needs."""
-    return spread.padded(min(bucket(tokens, _LEAST_TOKENS), config.max_latent_size**2), LATENTS)
+    return spread.padded(min(bucket(tokens, _LEAST_TOKENS), config.max_latent_size**2), QUERIES)
 
 
-def padded_rows(count: int, spread: Spread) -> int:
-    """R of a call with `count` rows: 0, 1, 2, 3, 4, 6, 8, 12, 16, 24 and so on, or what a mesh cuts evenly."""
-    size = power_of_two(count)
+def padded_rows(count: int) -> int:
+    """R of a call with `count` rows: 0, 1, 2, 3, 4, 6, 8, 12, 16, 24 and so on."""
     if count <= 4:
-        size = count
-    elif count <= 3 * size // 4:
-        size = 3 * size // 4
-    return spread.padded(size, DATA)
+        return count
+    size = power_of_two(count)
+    return 3 * size // 4 if count <= 3 * size // 4 else size
 
 
 def denoise_batch(
@@ -70,10 +68,10 @@ def denoise_batch(
     return batch
 
 
-def denoise_rows(jobs: Sequence[DenoiseJob], slots: int, spread: Spread) -> DenoiseRows:
+def denoise_rows(jobs: Sequence[DenoiseJob], slots: int) -> DenoiseRows:
     """The views that the trunk computes in the next evaluation; there may be none."""
     wanted = [(job, view) for job in jobs for view in job.computed(job.views_on())]
-    size = padded_rows(len(wanted), spread)
+    size = padded_rows(len(wanted))
     width = power_of_two(max((job.page_table.shape[1] for job, _ in wanted), default=1), LEAST_WIDTH)
     rows = DenoiseRows(
         slot=np.full(size, slots, np.int32),

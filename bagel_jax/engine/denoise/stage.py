@@ -89,7 +89,7 @@ class DenoiseStage:
     def size(self) -> tuple[int, int, bool]:
         """What the time of the next evaluation depends on: rows, tokens, whether some are forecast."""
         jobs = self.jobs
-        rows = len(denoise_rows(jobs, len(self.slots), self.spread).slot)
+        rows = len(denoise_rows(jobs, len(self.slots)).slot)
         return rows, self._padded_tokens(jobs) if jobs else 0, all(job.taylor is None for job in jobs)
 
     @property
@@ -218,7 +218,7 @@ class DenoiseStage:
 
     def _denoise(self, jobs: list[DenoiseJob], evaluations: int | None, now: float) -> None:
         slots, count = len(self.slots), self._padded_tokens(jobs)
-        rows, ahead = denoise_rows(jobs, slots, self.spread), forecasts_of(jobs, slots)
+        rows, ahead = denoise_rows(jobs, slots), forecasts_of(jobs, slots)
         number = min(job.steps_alike() for job in jobs)
         if evaluations is not None:
             number = min(number, max(1, evaluations))

@@ -21,7 +21,7 @@ from bagel_jax.models.bagel import BagelModel
 from bagel_jax.models.weights import Skeleton
 from bagel_jax.pallas.paged_attention import pages as layout
 from bagel_jax.pallas.paged_attention.api import paged_blocks
-from bagel_jax.placement.spread import DATA, HEADS, LATENTS, ONE_DEVICE, PAGES, SEQUENCE, Spec, Spread
+from bagel_jax.placement.spread import DATA, HEADS, ONE_DEVICE, PAGES, SEQUENCE, SPARE, Spec, Spread
 from bagel_jax.sampling.guidance import Guidance, combine
 from bagel_jax.sampling.taylorseer import Forecasts, expand, update
 
@@ -92,7 +92,7 @@ def rows_hidden(
         return jnp.concatenate(outs, axis=1), pages
 
     attend = _attention(static, rows.slot.shape[0])
-    x = static.spread.lay(latents[slot], DATA, SEQUENCE)
+    x = static.spread.lay(latents[slot], *_cut(static.spread, rows.slot.shape[0]))
     timestep = batch.timesteps[slot, step[slot]]
     return model.noised_hidden(x, timestep, batch.position_ids[slot], batch.markers, rows.rope, attention, pages)
 
@@ -116,10 +116,20 @@ def _attend(static: DenoiseProgram, layer, q, kv: KV, pages, page, slot, page_ta
     return (out[:, :NUM_MARKERS], out[:, NUM_MARKERS:]), pages
 
 
+def _cut(spread: Spread, num_rows: int) -> tuple[str | None, tuple[str, ...]]:
+    """What cuts rows, and what cuts the latents of each: `data` too, where it does not cut the rows evenly.
+
+    So three rows on two devices are half of each row's tokens on either, instead of two rows on one and one on the
+    other; and the steps outside the guidance interval, of one row, do not leave a device idle.
+    """
+    rows = spread.even(num_rows, DATA)
+    return rows, (SEQUENCE,) if rows else (DATA, SEQUENCE)
+
+
 def _attention(static: DenoiseProgram, num_rows: int):
     """`_attend` with each device's own heads, rows and latents."""
-    rows, latents = static.spread.even(num_rows, DATA), static.spread.even(static.tokens, LATENTS)
-    q = Spec(rows, None, HEADS), Spec(rows, latents, HEADS)
+    rows, latents = _cut(static.spread, num_rows)
+    q = Spec(rows, None, HEADS), Spec(rows, (*latents, SPARE), HEADS)
     by_row = Spec(rows)
     in_specs = Spec(), q, Spec(rows, None, HEADS), PAGES, by_row, by_row, by_row, by_row
     return static.spread.each(partial(_attend, static), in_specs, (q, PAGES))

@@ -19,7 +19,6 @@ from bagel_jax.engine.denoise.jobs import DenoiseJob
 from bagel_jax.engine.denoise.steps import DenoiseProgram, DenoiseState, denoise, one_step
 from bagel_jax.engine.handoff import Lease, Views
 from bagel_jax.functional import Context, velocity
-from bagel_jax.placement.spread import ONE_DEVICE
 from bagel_jax.request import RENORM_TYPES, Request
 from bagel_jax.sampling.guidance import combine, guidance
 from bagel_jax.sampling.schedule import timesteps
@@ -198,7 +197,7 @@ def test_branches_that_are_off_are_not_computed(drop_text, drop_image, wanted):
     for g, interval in ((BOTH, (0.0, 0.0)), (OFF, (0.0, 1.0)), (TEXT, (0.0, 1.0)), (BOTH, (0.0, 1.0))):
         job = DenoiseJob.create(ticket_of(edit(4, interval, **g)), lease)
         job.page_table = zeros[:, None]
-        batch, rows = denoise_batch([job], 1, TOKENS, CONFIG, np.zeros(2, np.int32)), denoise_rows([job], 1, ONE_DEVICE)
+        batch, rows = denoise_batch([job], 1, TOKENS, CONFIG, np.zeros(2, np.int32)), denoise_rows([job], 1)
         one_step(counting, DenoiseProgram(None, "xla", TOKENS), state, 0, batch, rows, None)
     assert counting.rows == wanted
 
