@@ -15,7 +15,9 @@ MAY_IMPORT = {
     "run": {"bagel", "demo", "request", "options", "results", "settings", "turns", "command", "hosts"},
     "turns": {"engine", "request", "options"},
     "results": {"request"},
-    "aot": {"pallas", "command"},
+    "aot": {
+        *("engine", "models", "pallas", "placement", "layout", "config", "buckets", "settings", "devices", "command"),
+    },
     "bagel": {
         *("engine", "functional", "demo", "checkpoint", "models", "inputs", "request", "config", "settings"),
         "placement",

@@ -209,6 +209,11 @@ def best_mesh(devices: Sequence[jax.Device], size_of_weights: Callable[[], int])
     limit = (_first_here(devices).memory_stats() or {}).get("bytes_limit")
     if count == 1 or limit is None:
         return MeshShape(data=count)
-    fits = [n for n in range(1, count + 1) if count % n == 0 and size_of_weights() / n <= 0.6 * limit]
+    return mesh_within(limit, count, size_of_weights())
+
+
+def mesh_within(limit: int, count: int, weights: int) -> MeshShape:
+    """`best_mesh` of `count` devices with so many bytes of memory each, for weights of so many."""
+    fits = [n for n in range(1, count + 1) if count % n == 0 and weights / n <= 0.6 * limit]
     tensor = fits[0] if fits else count
     return MeshShape(data=count // tensor, tensor=tensor)
