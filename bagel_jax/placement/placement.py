@@ -102,12 +102,22 @@ class Placement:
         """Into how many parts a page of keys and values is cut."""
         return self.mesh.shape[HEADS]
 
+    def memory(self) -> int | None:
+        """Bytes that are free on a device; None on a CPU, whose devices have none of their own."""
+        stats = self.device.memory_stats() or {}
+        return stats["bytes_limit"] - stats["bytes_in_use"] if "bytes_limit" in stats else None
+
     def free_bytes(self, share: float) -> int:
         """A share of the free memory of a device; on a CPU its part of a quarter of the machine's."""
         stats = self.device.memory_stats() or {}
         if "bytes_limit" in stats:
             return int(share * (stats["bytes_limit"] - stats["bytes_in_use"]))
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4 // self.mesh.size
+        return machine_memory() // 4 // self.mesh.size
+
+
+def machine_memory() -> int:
+    """Bytes of memory that this machine has."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _in_order(devices: Sequence[jax.Device], shape: tuple[int, ...]) -> np.ndarray:
