@@ -6,6 +6,7 @@ With `--modality` alone it runs an example with the bundled demo model.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import shlex
 import sys
 import zipfile
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bagel_jax import __version__
+from bagel_jax import __version__, hosts
 from bagel_jax.command import BAD_INPUT, DONE, FAILED, INTERRUPTED, Parser, add_flags, from_flags
 from bagel_jax.demo.example import EXAMPLES, MODEL
 from bagel_jax.errors import InputError
@@ -71,6 +72,7 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--save-latents", action="store_true", help="write output_I.latent.npy too")
     groups["text"].add_argument("--think", action="store_true", help="let the model plan in words first")
     add_flags(groups, EngineConfig, defaults=True)
+    hosts.add_flags(groups["serving"])
 
     g = p.add_argument_group("run")
     g.add_argument("--seed", type=int, default=0, metavar="S", help="request i uses S + i (default: %(default)s)")
@@ -88,7 +90,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if (args.modality is None) == (args.turns is None):
         p.error(f"{'neither' if args.turns is None else 'both'} of --modality and --turns was given; give one of them")
     try:
-        return _run_turns(args) if args.turns is not None else _run(args, _fill_in(args, argv))
+        config = from_flags(args, EngineConfig)
+        team = hosts.join(args.coordinator, args.num_processes, args.process_id)
+        if not team.first:
+            return _follow(args, config, team)
+        with contextlib.closing(team):
+            if args.turns is not None:
+                return _run_turns(args, config, team)
+            return _run(args, config, team, _fill_in(args, argv))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
@@ -125,9 +134,23 @@ def _from_here(path: Path) -> str:
     return str(path.relative_to(here) if here in path.parents[1:] else path)
 
 
-def _run(args: argparse.Namespace, notes: Sequence[str]) -> int:
+def _follow(args: argparse.Namespace, config: EngineConfig, team: hosts.Team) -> int:
+    """Another process than the first: its part of the work, with no files to read but the model's and none to write."""
+    from bagel_jax.bagel import Bagel
+
+    try:
+        if team.wait():
+            Bagel.open(args.model, args.dtype, config).follow()
+        return DONE
+    except InputError:
+        raise
+    except Exception as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
+
+
+def _run(args: argparse.Namespace, config: EngineConfig, team: hosts.Team, notes: Sequence[str]) -> int:
     prompts = _prompts(args)
-    config = from_flags(args, EngineConfig)
     requests = _requests(args, prompts)
     output = output_folder(args.output)
     if all(isinstance(request, InputError) for request in requests):
@@ -153,7 +176,8 @@ def _run(args: argparse.Namespace, notes: Sequence[str]) -> int:
             print(f"error: request {i}: {request}", file=sys.stderr)
             code = BAD_INPUT
     _tell(model, args)
-    with Results(output, len(requests), quiet=args.quiet) as results:
+    team.begin()
+    with contextlib.closing(model), Results(output, len(requests), quiet=args.quiet) as results:
         model.load_weights(results.bars)
         records = [
             {"id": f"output_{i}", "modality": args.modality, "prompt": prompt, "seed": args.seed + i}
@@ -179,7 +203,7 @@ def _run(args: argparse.Namespace, notes: Sequence[str]) -> int:
     return code
 
 
-def _run_turns(args: argparse.Namespace) -> int:
+def _run_turns(args: argparse.Namespace, config: EngineConfig, team: hosts.Team) -> int:
     """A conversation; it ends at a turn that fails, since those behind it build on it."""
     for name in ("prompts", "txt_prompts", "image_path", "init_noise"):
         if getattr(args, name) is not None:
@@ -188,7 +212,7 @@ def _run_turns(args: argparse.Namespace) -> int:
     if args.negative_prompt is not None:
         usual["negative_prompt"] = args.negative_prompt
     turns = read_turns(args.turns, usual)
-    config, output = from_flags(args, EngineConfig), output_folder(args.output)
+    output = output_folder(args.output)
 
     if args.model is None and not args.quiet:
         print(f"note: {_DEMO_NOTE}", file=sys.stderr, flush=True)
@@ -197,7 +221,8 @@ def _run_turns(args: argparse.Namespace) -> int:
 
     model = Bagel.open(args.model, args.dtype, config)
     _tell(model, args)
-    with Results(output, len(turns), quiet=args.quiet) as results:
+    team.begin()
+    with contextlib.closing(model), Results(output, len(turns), quiet=args.quiet) as results:
         model.load_weights(results.bars)
         session = model.session(seed=args.seed, progress=results.bars)
         for i, turn in enumerate(turns):

@@ -10,20 +10,21 @@ from importlib.resources import files
 import jax
 import pytest
 
-from bagel_jax import aot
+from bagel_jax.aot import kernels, targets
+from bagel_jax.aot.__main__ import main
 
 
 def test_bad_target(capsys):
     """A typing error would end in a traceback of libtpu."""
-    assert aot.main(["kernels", "--target", "v9"]) == 2
+    assert main(["kernels", "--target", "v9"]) == 2
     assert capsys.readouterr().err == "error: --target is 'v9'; it must be one of v5e, v6e, v5p, h100\n"
 
 
 @pytest.mark.parametrize("target", ["v5e", "h100"])
 def test_without_compilers(target, monkeypatch, capsys):
     """Nobody would know what to install."""
-    monkeypatch.setattr(aot, "find_spec", lambda module: None)
-    assert aot.main(["kernels", "--target", target]) == 2
+    monkeypatch.setattr(targets, "find_spec", lambda module: None)
+    assert main(["kernels", "--target", target]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "pip install 'bagel_jax[aot]'" in error
@@ -36,15 +37,15 @@ def test_description_ships():
 
 def test_a_kernel_fails(monkeypatch, capsys):
     """A kernel that does not compile would pass unnoticed, or hide what is wrong with the next."""
-    monkeypatch.setattr(aot, "_device", lambda name, target: None)
+    monkeypatch.setattr(kernels, "devices", lambda name, target: [None])
 
     def compile_one(case, target, device):
         if case.name == "paged_attention":
             raise ValueError("no\nroom")
         return 3 * 2**10
 
-    monkeypatch.setattr(aot, "_compile", compile_one)
-    assert aot.main(["kernels", "--target", "v5e"]) == 1
+    monkeypatch.setattr(kernels, "_compile", compile_one)
+    assert main(["kernels", "--target", "v5e"]) == 1
     lines = capsys.readouterr().out.splitlines()
     failed = [line for line in lines if line.endswith("FAILED: ValueError: no room")]
     assert (len(lines), len(failed)) == (6, 2)
@@ -53,10 +54,10 @@ def test_a_kernel_fails(monkeypatch, capsys):
 
 def test_xla_is_no_kernel():
     """Shapes that a kernel stopped taking would be reported as compiled: XLA takes everything."""
-    case = aot._cases("xla")[0]
-    cpu = aot.TARGETS["v5e"]._replace(platform="cpu")
+    case = kernels._cases("xla")[0]
+    cpu = targets.TARGETS["v5e"]._replace(platform="cpu")
     with pytest.raises(RuntimeError, match="0 kernels are in the program instead of 1"):
-        aot._compile(case, cpu, jax.devices("cpu")[0])
+        kernels._compile(case, cpu, jax.devices("cpu")[0])
 
 
 @pytest.mark.slow

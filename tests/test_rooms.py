@@ -12,10 +12,12 @@ PACKAGE = Path(__file__).parents[1] / "bagel_jax"
 # Which rooms a room may import, from the top floor down; errors is open to all.
 MAY_IMPORT = {
     "__init__": {"bagel", "request", "settings", "functional"},
-    "run": {"bagel", "demo", "request", "options", "results", "settings", "turns", "command"},
+    "run": {"bagel", "demo", "request", "options", "results", "settings", "turns", "command", "hosts"},
     "turns": {"engine", "request", "options"},
     "results": {"request"},
-    "aot": {"pallas", "command"},
+    "aot": {
+        *("engine", "models", "pallas", "placement", "layout", "config", "buckets", "settings", "devices", "command"),
+    },
     "bagel": {
         *("engine", "functional", "demo", "checkpoint", "models", "inputs", "request", "config", "settings"),
         "placement",
@@ -37,6 +39,7 @@ MAY_IMPORT = {
     "buckets": set(),
     "clock": set(),
     "command": set(),
+    "hosts": set(),
     "pallas": set(),
     "placement": {"models", "settings", "config", "devices"},
     "layout": set(),

@@ -13,14 +13,14 @@ import jax
 import numpy as np
 
 from bagel_jax.buckets import bucket, grids, padded_grid, power_of_two
+from bagel_jax.engine import nobody
 from bagel_jax.engine.context import steps as context_steps
-from bagel_jax.engine.context.batch import decode_batch, page_table
-from bagel_jax.engine.context.scheduler import MAX_TEXTS, TEXT_BESIDE_IMAGE
+from bagel_jax.engine.context.scheduler import TEXT_BESIDE_IMAGE
 from bagel_jax.engine.context.stage import ContextStage
 from bagel_jax.engine.core import Engine
 from bagel_jax.engine.denoise import decoder
 from bagel_jax.engine.denoise import steps as denoise_steps
-from bagel_jax.engine.denoise.batch import LEAST_WIDTH, denoise_batch, denoise_rows, padded_rows, padded_tokens
+from bagel_jax.engine.denoise.batch import LEAST_WIDTH, padded_rows, padded_tokens
 from bagel_jax.engine.denoise.stage import DenoiseStage
 from bagel_jax.engine.kv.store import VIEWS, block_pages
 from bagel_jax.inputs.images import resized_size
@@ -56,38 +56,26 @@ def _context_programs(stage: ContextStage, sizes) -> Iterator[Callable]:
     static, arrays, model = stage.program, stage.weights.arrays, (stage.weights.skeleton, stage.weights.arrays)
 
     def chunk(size: int, image=None) -> context_steps.PrefillBatch:
-        count = size + (0 if image is None else image.shape[0])
-        zeros = np.zeros((4, count), np.int32)
-        offsets = np.asarray([0] * (MAX_TEXTS + 1) + [size, count], np.int32)
-        table = np.zeros((MAX_TEXTS + 2, stage.table_width), np.int32)
-        return context_steps.PrefillBatch(np.zeros(size, np.int32), image, *zeros, offsets, table)
+        return nobody.prefilling(size, image, stage.table_width)
 
     def prefill(static, make: Callable[[], context_steps.PrefillBatch]) -> None:
         _, store.pages = context_steps.prefill(static, arrays, store.pages, make())
 
     def mixed(static, make: Callable[[], context_steps.PrefillBatch]) -> None:
-        rows, sampling = decode_batch([], most)
-        table = page_table([], most, stage.table_width)
+        rows, table, sampling = nobody.decoding(most, stage.table_width)
         _, store.pages = context_steps.mixed(static, arrays, store.pages, rows, table, make(), sampling)
 
     def decode(count: int) -> None:
-        rows, sampling = decode_batch([], count)
-        table = page_table([], count, stage.table_width)
+        rows, table, sampling = nobody.decoding(count, stage.table_width)
         numbers = np.int32(stage.end_token), np.int32(1)
         rows = store.placement.put(rows)
         _, _, store.pages = context_steps.decode(static, arrays, store.pages, rows, table, sampling, *numbers)
 
     def vit(count: int) -> jax.Array:
-        patches = np.zeros((count, c.vit.channels * c.vit.patch_size**2), np.float32)
-        return context_steps.embed_vit(*model, patches, np.zeros(count, np.int32), np.int32(1), static.spread)
+        return context_steps.embed_vit(*model, *nobody.patches(c, count), static.spread)
 
     def encoded(grid: tuple[int, int]) -> jax.Array:
-        pixels, cells = (
-            np.zeros((grid[0] * unit, grid[1] * unit, width), np.float32)
-            for unit, width in ((c.token_pixels, 3), (c.latent_patch_size, c.autoencoder.latent_channels))
-        )
-        size = np.asarray(pixels.shape[:2], np.int32)
-        return context_steps.encode_image(*model, pixels, cells, size, c.max_latent_size**2, static.spread)
+        return context_steps.encode_image(*model, *nobody.image(c, grid), c.max_latent_size**2, static.spread)
 
     def vae(count: int, grid: tuple[int, int]) -> jax.Array:
         index, positions = np.full(count, -1, np.int32), np.zeros(count, np.int32)
@@ -97,7 +85,7 @@ def _context_programs(stage: ContextStage, sizes) -> Iterator[Callable]:
     longest = power_of_two(stage.settings.max_num_batched_tokens)
     for run in (prefill, mixed):
         yield from (partial(run, static, partial(chunk, 1 << i)) for i in range(4, longest.bit_length()))
-    patches, tokens, padded = _input_sizes(c, sizes)
+    patches, tokens, padded = input_sizes(c, sizes)
     yield from (partial(encoded, grid) for grid in padded)
     for latents, embed, counts in ((False, vit, patches), (True, partial(vae, grid=padded[0]), tokens)):
         one = static._replace(latents=latents)
@@ -106,7 +94,7 @@ def _context_programs(stage: ContextStage, sizes) -> Iterator[Callable]:
                 yield partial(run, one, lambda embed=embed, count=count: chunk(TEXT_BESIDE_IMAGE, embed(count)))
 
 
-def _input_sizes(c, sizes) -> tuple[list[int], list[int], list[tuple[int, int]]]:
+def input_sizes(c, sizes) -> tuple[list[int], list[int], list[tuple[int, int]]]:
     """Padded numbers of patches and of latent tokens, and padded grids, of images that are read."""
     unit = c.token_pixels
     if sizes == "all":
@@ -170,16 +158,10 @@ def _join(stage: DenoiseStage) -> None:
 
 def _evaluate(stage: DenoiseStage, count: int, rows: int, width: int) -> None:
     slots, store = len(stage.slots), stage.store
-    batch = denoise_batch([], slots, count, stage.config, stage.markers)
-    none = denoise_rows([], slots)
-    nobody = none._replace(
-        slot=np.full(rows, slots, np.int32),
-        **{name: np.zeros(rows, np.int32) for name in ("view", "rope", "length")},
-        page_table=np.zeros((rows, width), np.int32),
-    )
+    batch, nobodies = nobody.denoising(stage.config, slots, count, rows, width, stage.markers)
     static = denoise_steps.DenoiseProgram(stage.weights.skeleton, stage.backend, count, stage.spread)
     state = denoise_steps.DenoiseState(stage.latents, store.pages, None)
-    state, _ = denoise_steps.denoise(static, stage.weights.arrays, state, batch, nobody, None, np.int32(0))
+    state, _ = denoise_steps.denoise(static, stage.weights.arrays, state, batch, nobodies, None, np.int32(0))
     stage.latents, store.pages = state.latents, state.pages
 
 

@@ -68,7 +68,7 @@ class Weights:
 
     def on(self, sharding: Callable[[str, tuple[int, ...]], jax.sharding.Sharding]) -> Weights:
         """The same weights elsewhere: `sharding` says where a parameter of a path and shape goes."""
-        moved = {path: jax.device_put(x, sharding(path, x.shape)) for path, x in flatten(self.params).items()}
+        moved = {path: _moved(x, sharding(path, x.shape)) for path, x in flatten(self.params).items()}
         return fill(self, moved)
 
     @property
@@ -113,6 +113,13 @@ def weight_bytes(config: BagelConfig, dtype) -> int:
 def abstract_weights(config: BagelConfig, dtype, trunk_layers=stack) -> Weights:
     """The model with `jax.ShapeDtypeStruct` in place of every parameter; nothing is allocated."""
     return Weights(*nnx.split(nnx.eval_shape(lambda: BagelModel(config, dtype, nnx.Rngs(0), trunk_layers))))
+
+
+def _moved(x: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
+    if sharding.is_fully_addressable:
+        return jax.device_put(x, sharding)
+    # `device_put` would ask the other processes whether they have the same.
+    return jax.make_array_from_callback(x.shape, sharding, np.asarray(x).__getitem__)
 
 
 def _unstack(x: jax.Array) -> list[jax.Array]:

@@ -44,7 +44,7 @@ def slices(monkeypatch):
     """Makes attention work on a few queries at a time."""
 
     def set_limit(scores):
-        monkeypatch.setattr(attention, "_max_scores", lambda: scores)
+        monkeypatch.setattr(attention, "_MAX_SCORES", dict.fromkeys(("cpu", "default"), scores))
 
     return set_limit
 
@@ -143,3 +143,12 @@ def test_bfloat16_sums_in_float32():
     out = attend(q, ones, jnp.asarray([keys]))
     assert out.dtype == jnp.bfloat16
     np.testing.assert_allclose(out.astype(jnp.float32), 1, rtol=1e-2)
+
+
+def test_slices_are_the_targets(monkeypatch):
+    """A program compiled ahead for a TPU would get the slices of the processor that compiles it."""
+    monkeypatch.setattr(attention, "_MAX_SCORES", {"cpu": 2000, "default": 10**9})
+    q, kv = draw(0, 500, 500, 1, 2, 4)
+    traced = jax.jit(lambda q, k, v, e: attend(q, KV(k, v), e)).trace(q, *kv, np.full(500, 500))
+    loops = ["stablehlo.while" in traced.lower(lowering_platforms=(platform,)).as_text() for platform in ("cpu", "tpu")]
+    assert loops == [True, False]

@@ -80,7 +80,7 @@ def test_mask_is_its_definition(seed):
 @pytest.mark.parametrize("limit", [10**9, 100, 50, 1])
 def test_attention_is_softmax_over_what_is_seen(limit, monkeypatch):
     """Attention reads tokens that are not seen, or the slices that long rows are cut into do not fit together."""
-    monkeypatch.setattr(attention, "_max_scores", lambda: limit)
+    monkeypatch.setattr(attention, "_MAX_SCORES", dict.fromkeys(("cpu", "default"), limit))
     for seed in range(6):
         q, kv, mask = drawn(seed)
         ours = np.asarray(attend_packed(q, kv, mask))
@@ -95,7 +95,7 @@ def test_gradients_in_slices_are_the_same(monkeypatch):
     """Training on long rows has other gradients than on short ones, or NaN from padding."""
 
     def gradients(limit):
-        monkeypatch.setattr(attention, "_max_scores", lambda: limit)
+        monkeypatch.setattr(attention, "_MAX_SCORES", dict.fromkeys(("cpu", "default"), limit))
         q, kv, mask = drawn(3)
         return jax.grad(lambda q, k, v: jnp.sum(jnp.sin(attend_packed(q, KV(k, v), mask))), (0, 1, 2))(q, *kv)
 
@@ -107,7 +107,7 @@ def test_gradients_in_slices_are_the_same(monkeypatch):
 
 def test_slices_hold_few_scores(monkeypatch):
     """Packed rows of 20,000 tokens hold all their scores at once and run out of memory, backwards too."""
-    monkeypatch.setattr(attention, "_max_scores", lambda: 2000)
+    monkeypatch.setattr(attention, "_MAX_SCORES", dict.fromkeys(("cpu", "default"), 2000))
     q, kv, mask = drawn(0, tokens=400)
 
     def total(q, k, v):

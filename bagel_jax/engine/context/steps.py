@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from bagel_jax.engine.convolutions import convolution_program
 from bagel_jax.layout import Position, text_kv_end
 from bagel_jax.models.attention import KV
 from bagel_jax.models.bagel import BagelModel
@@ -230,7 +231,7 @@ def embed_vit(skeleton, arrays, patches, position_ids, length, spread: Spread = 
     return spread.lay(skeleton.merge(arrays).embed_vit(patches, position_ids, length))
 
 
-@partial(jax.jit, static_argnames=("skeleton", "room", "spread"))
+@convolution_program("skeleton", "room", "spread")
 def encode_image(skeleton, arrays, pixels, noise, size, room: int, spread: Spread = ONE_DEVICE) -> jax.Array:
     """An image's pixels, padded, to clean latent tokens, those of its padding among them.
 

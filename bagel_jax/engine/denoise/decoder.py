@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bagel_jax.buckets import padded_grid
+from bagel_jax.engine.convolutions import convolution_program
 from bagel_jax.errors import InputError
 from bagel_jax.models.weights import Weights
 from bagel_jax.placement.spread import IMAGE_ROWS, ONE_DEVICE, Spread
@@ -27,7 +28,7 @@ TILE, OVERLAP = 32, 8
 MAX_IMAGES = 4
 
 
-@partial(jax.jit, static_argnames=("skeleton", "spread"))
+@convolution_program("skeleton", "spread")
 def decode_latents(skeleton, arrays, tokens, size, spread: Spread = ONE_DEVICE) -> jax.Array:
     """Latent tokens `[B, rows, columns, C p²]` -> pixels `[B, H, W, 3]`, about [-1, 1], not clipped.
 

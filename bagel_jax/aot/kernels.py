@@ -1,8 +1,4 @@
-"""Compiles for chips that this machine does not have: `python -m bagel_jax.aot kernels --target v5e`.
-
-The compilers are the real ones: libtpu's for a TPU; XLA's, Mosaic GPU's and ptxas for an H100. They come with the extra
-`aot` and need no accelerator. Each kernel is compiled at the sizes of the published model, and one line tells how long
-that took and how much fast memory a kernel needs:
+"""Compiles each kernel at the sizes of the published model, and says what fast memory it needs.
 
 - VMEM: what the TPU compiler says it used for the kernel (`used_scoped_memory_configs` of the custom call).
 - shared memory: the dynamic shared memory that the compiled kernel is launched with, a block of threads. ptxas does not
@@ -11,61 +7,20 @@ that took and how much fast memory a kernel needs:
 
 from __future__ import annotations
 
-import contextlib
-import os
 import re
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from functools import partial
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from bagel_jax.command import BAD_INPUT, DONE, FAILED, INTERRUPTED, Parser
-from bagel_jax.errors import InputError, check_choice
-
-_INSTALL = "pip install 'bagel_jax[aot]'"
-_SILENCE = {"TF_CPP_MIN_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3", "TPU_STDERR_LOG_LEVEL": "3"}
-# JAX itself runs on the CPU, libtpu is not to look for a TPU nor for others that use one, and what a cache holds is
-# not compiled.
-_ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "JAX_ENABLE_COMPILATION_CACHE": "false",
-}
+from bagel_jax.aot.targets import TARGETS, Target, devices
+from bagel_jax.command import DONE, FAILED
 
 # Sizes of BAGEL-7B-MoT's trunk (`llm_config.json` of ByteDance-Seed/BAGEL-7B-MoT), and a pool of KV pages.
 _LAYERS, _HEADS, _KV_HEADS, _WIDTH = 28, 28, 4, 128
 _PAGES, _PAGE = 2048, 64
 _VAE_BLOCK, _VIT_BLOCK = 4098, 4902  # tokens of a 1024 x 1024 image, and the most that the ViT gives
 _CONTEXTS = (4098, 9216, 30)  # of the three rows of an edit
-
-
-class Target(NamedTuple):
-    """A chip to compile for."""
-
-    platform: str  # what JAX calls it
-    topology: str
-    modules: tuple[str, ...]  # what must be importable
-    backend: str  # of `paged_attention`
-    call: str  # what a kernel of that backend is called in a program
-    memory: str  # what is reported
-
-
-def _tpu(topology: str) -> Target:
-    return Target("tpu", topology, ("libtpu",), "tpu", "tpu_custom_call", "VMEM")
-
-
-TARGETS = {
-    "v5e": _tpu("v5e:2x2"),
-    "v6e": _tpu("v6e:2x2"),
-    "v5p": _tpu("v5p:2x2x1"),
-    "h100": Target(
-        "cuda", "h100", ("jax_plugins.xla_cuda12", "nvidia.cuda_nvcc"), "gpu", "mosaic_gpu_v2", "shared memory"
-    ),
-}
 
 
 class Case(NamedTuple):
@@ -78,27 +33,10 @@ class Case(NamedTuple):
     arguments: tuple  # of jax.ShapeDtypeStruct
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit code."""
-    p = Parser(prog="python -m bagel_jax.aot", description="Compiles for chips that this machine does not have.")
-    commands = p.add_subparsers(dest="command", required=True)
-    kernels = commands.add_parser("kernels", help="all kernels at the sizes of the published model")
-    kernels.add_argument("--target", required=True, metavar="{" + ",".join(TARGETS) + "}", help="the chip")
-    args = p.parse_args(argv)
-    try:
-        check_choice("--target", args.target, tuple(TARGETS))
-        return _kernels(args.target)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return INTERRUPTED
-
-
-def _kernels(name: str) -> int:
+def kernels(name: str) -> int:
+    """Compiles all for a target, a line each; returns the exit code."""
     target = TARGETS[name]
-    device = _device(name, target)
+    device = devices(name, target)[0]
     code = DONE
     for case in _cases(target.backend):
         line = f"{case.name:18} {case.sizes:42} {name:4}"
@@ -113,51 +51,6 @@ def _kernels(name: str) -> int:
         else:
             print(f"{line} {time.perf_counter() - start:6.1f} s  {target.memory} {memory / 2**10:,.0f} KiB", flush=True)
     return code
-
-
-def _device(name: str, target: Target) -> Any:
-    """A device to compile for; raises `InputError` where its compiler is not installed."""
-    for module in target.modules:
-        if not _installed(module):
-            raise InputError(f"--target {name} needs {module}, which is not installed; {_INSTALL}")
-    os.environ.update(_ENVIRONMENT | _SILENCE)
-    with _quiet():  # plugins tell what they do not find here
-        import jax
-        from jax.experimental import topologies
-
-        jax.devices()
-        options = {}
-        if target.platform == "cuda":
-            description = Path(__file__).parent / "pallas" / "targets" / f"{name}.txtpb"
-            options = {"topology": "1x1x1", "target_config": description.read_text()}
-        try:
-            topology = topologies.get_topology_desc(platform=target.platform, topology_name=target.topology, **options)
-        except Exception as error:  # of whatever kind the plugin has
-            reason = " ".join(str(error).split())
-            raise InputError(f"--target {name}: its compiler does not start ({reason[:300]}); {_INSTALL}") from error
-    return topology.devices[0]
-
-
-def _installed(module: str) -> bool:
-    try:
-        return find_spec(module) is not None
-    except ModuleNotFoundError:  # not even the package that it would be in
-        return False
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps what is written to standard error, by C++ too, off the screen."""
-    sys.stderr.flush()
-    kept = os.dup(2)
-    nothing = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nothing, 2)
-    os.close(nothing)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
 
 
 def _cases(backend: str) -> list[Case]:
@@ -238,7 +131,3 @@ def _shared_memory(lowered: Any) -> list[int]:
                 place = sum(list(launch.attributes["operandSegmentSizes"])[:10])
                 sizes.append(launch.operands[place].owner.attributes["value"].value)
     return sizes
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Compiles for chips that this machine does not have."""
