@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import queue
 import threading
@@ -23,6 +24,7 @@ from bagel_jax.engine.drivers.driver import Driver
 from bagel_jax.engine.drivers.threads import ThreadDriver
 from bagel_jax.engine.handle import Handle
 from bagel_jax.engine.handoff import ContextKV
+from bagel_jax.engine.outlook import Outlook, outlook
 from bagel_jax.engine.precompile import precompile
 from bagel_jax.engine.session import Session
 from bagel_jax.engine.ticket import Done, Event, Progress, TextDelta
@@ -119,10 +121,24 @@ class Bagel:
         model.load_weights(progress)
         return model
 
+    @functools.cached_property
+    def outlook(self) -> Outlook:
+        """What the model will have on its devices, told from sizes alone; asked for before the weights are loaded.
+
+        Raises:
+            InputError: it does not fit them.
+        """
+        return outlook(self.placements, self.config, self.settings, self.dtype)
+
     def load_weights(self, progress: Report | None = None) -> tuple[Weights, Weights]:
-        """Loads the weights onto the devices of the two stages, unless they are loaded."""
+        """Loads the weights onto the devices of the two stages, unless they are loaded.
+
+        Raises:
+            InputError: they do not fit; then nothing is read.
+        """
         with self._first_use:
             if self._weights is None:
+                _ = self.outlook
                 started = time.perf_counter()
                 report = None if progress is None else partial(progress, "load")
                 context, denoise = self.placements

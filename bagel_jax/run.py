@@ -13,6 +13,7 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -25,6 +26,9 @@ from bagel_jax.request import ImageFile, Request
 from bagel_jax.results import Results, output_folder
 from bagel_jax.settings import EngineConfig
 from bagel_jax.turns import read_turns
+
+if TYPE_CHECKING:
+    from bagel_jax.bagel import Bagel
 
 _DEMO_NOTE = (
     "no --model given, so the bundled demo model (coloured shapes, 64x64) is used; for BAGEL-7B-MoT: "
@@ -171,6 +175,7 @@ def _run(args: argparse.Namespace, config: EngineConfig, team: hosts.Team, notes
         if isinstance(request, InputError):
             print(f"error: request {i}: {request}", file=sys.stderr)
             code = BAD_INPUT
+    _tell(model, args)
     team.begin()
     with contextlib.closing(model), Results(output, len(requests), quiet=args.quiet) as results:
         model.load_weights(results.bars)
@@ -215,6 +220,7 @@ def _run_turns(args: argparse.Namespace, config: EngineConfig, team: hosts.Team)
     from bagel_jax.bagel import Bagel
 
     model = Bagel.open(args.model, args.dtype, config)
+    _tell(model, args)
     team.begin()
     with contextlib.closing(model), Results(output, len(turns), quiet=args.quiet) as results:
         model.load_weights(results.bars)
@@ -231,6 +237,13 @@ def _run_turns(args: argparse.Namespace, config: EngineConfig, team: hosts.Team)
                 return BAD_INPUT if isinstance(error, InputError) else FAILED
             results.add(i, said | {"modality": request.modality, "seed": request.seed} | record)
     return DONE
+
+
+def _tell(model: Bagel, args: argparse.Namespace) -> None:
+    """Says what the model will have on its devices, but for a CPU alone, which has no memory of its own."""
+    outlook = model.outlook
+    if not args.quiet and (outlook.free is not None or outlook.devices > 1):
+        print(f"note: {outlook}", file=sys.stderr, flush=True)
 
 
 def _requests(args: argparse.Namespace, prompts: list[str]) -> list[Request | InputError]:

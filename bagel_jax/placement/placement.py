@@ -102,15 +102,23 @@ class Placement:
         """Into how many parts a page of keys and values is cut."""
         return self.mesh.shape[HEADS]
 
+    def memory(self) -> int | None:
+        """Bytes that are free on a device; None on a CPU, whose devices have none of their own."""
+        stats = self.device.memory_stats() or {}
+        return stats["bytes_limit"] - stats["bytes_in_use"] if "bytes_limit" in stats else None
+
     def free_bytes(self, share: float) -> int:
         """A share of the free memory of a device, the same in all processes; on a CPU its part of a quarter of it."""
-        stats = self.device.memory_stats() or {}
-        free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4 // self.mesh.size
-        if "bytes_limit" in stats:
-            free = int(share * (stats["bytes_limit"] - stats["bytes_in_use"]))
+        free = self.memory()
+        free = machine_memory() // 4 // self.mesh.size if free is None else int(share * free)
         if self.pages().is_fully_addressable:
             return free
         return int(multihost_utils.process_allgather(np.float64(free)).min())
+
+
+def machine_memory() -> int:
+    """Bytes of memory that this machine has."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _first_here(devices: Iterable[jax.Device]) -> jax.Device:
