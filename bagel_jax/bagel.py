@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import queue
 import threading
@@ -18,9 +19,12 @@ from bagel_jax.checkpoint.source import ModelSource
 from bagel_jax.config import BagelConfig
 from bagel_jax.demo.example import MODEL
 from bagel_jax.engine.core import Engine
+from bagel_jax.engine.drivers import lockstep
+from bagel_jax.engine.drivers.driver import Driver
 from bagel_jax.engine.drivers.threads import ThreadDriver
 from bagel_jax.engine.handle import Handle
 from bagel_jax.engine.handoff import ContextKV
+from bagel_jax.engine.outlook import Outlook, outlook
 from bagel_jax.engine.precompile import precompile
 from bagel_jax.engine.session import Session
 from bagel_jax.engine.ticket import Done, Event, Progress, TextDelta
@@ -85,7 +89,7 @@ class Bagel:
         self._source = source
         self._first_use = threading.RLock()  # several threads may be the first
         self._weights: tuple[Weights, Weights] | None = None
-        self._engine: ThreadDriver | None = None
+        self._engine: Driver | None = None
 
     @classmethod
     def open(
@@ -117,10 +121,24 @@ class Bagel:
         model.load_weights(progress)
         return model
 
+    @functools.cached_property
+    def outlook(self) -> Outlook:
+        """What the model will have on its devices, told from sizes alone; asked for before the weights are loaded.
+
+        Raises:
+            InputError: it does not fit them.
+        """
+        return outlook(self.placements, self.config, self.settings, self.dtype)
+
     def load_weights(self, progress: Report | None = None) -> tuple[Weights, Weights]:
-        """Loads the weights onto the devices of the two stages, unless they are loaded."""
+        """Loads the weights onto the devices of the two stages, unless they are loaded.
+
+        Raises:
+            InputError: they do not fit; then nothing is read.
+        """
         with self._first_use:
             if self._weights is None:
+                _ = self.outlook
                 started = time.perf_counter()
                 report = None if progress is None else partial(progress, "load")
                 context, denoise = self.placements
@@ -131,23 +149,45 @@ class Bagel:
                 self.load_seconds = time.perf_counter() - started
             return self._weights
 
+    def follow(self) -> None:
+        """What every process but the first does where there are several: its part, until process 0 closes.
+
+        Raises:
+            RuntimeError: process 0, or another one, is gone.
+        """
+        lockstep.follow(self._core(None))
+
     @property
-    def engine(self) -> ThreadDriver:
+    def engine(self) -> Driver:
         """The two stages at work; made, and the weights loaded, when first asked for."""
         return self.start()
 
-    def start(self, progress: Report | None = None) -> ThreadDriver:
-        """Loads the weights and compiles what the settings' `precompile` names, unless that is done."""
+    def start(self, progress: Report | None = None) -> Driver:
+        """Loads the weights and compiles what the settings' `precompile` names, unless that is done.
+
+        Raises:
+            RuntimeError: this is not process 0 of several, which alone takes requests in; the others `follow`.
+        """
         with self._first_use:
             if self._engine is None:
-                weights = self.load_weights(progress)
-                core = Engine(weights, self.placements, self.config, self.dtype, self.tokenizer, self.settings)
-                if self.settings.precompile_sizes is not None:
-                    report = (lambda *_: None) if progress is None else partial(progress, "compile")
-                    precompile(core, self.settings.precompile_sizes, report)
-                by_turns = self.settings.topology == "single-stage"
-                self._engine = ThreadDriver(core, self.load_seconds, by_turns=by_turns)
+                several = not self.placements[0].pages().is_fully_addressable
+                if several and jax.process_index():
+                    raise RuntimeError("process 0 alone takes requests in; in the others call Bagel.follow()")
+                core = self._core(progress)
+                if several:
+                    self._engine = lockstep.LockstepDriver(core, self.load_seconds)
+                else:
+                    by_turns = self.settings.topology == "single-stage"
+                    self._engine = ThreadDriver(core, self.load_seconds, by_turns=by_turns)
             return self._engine
+
+    def _core(self, progress: Report | None) -> Engine:
+        weights = self.load_weights(progress)
+        core = Engine(weights, self.placements, self.config, self.dtype, self.tokenizer, self.settings)
+        if self.settings.precompile_sizes is not None:
+            report = (lambda *_: None) if progress is None else partial(progress, "compile")
+            precompile(core, self.settings.precompile_sizes, report)
+        return core
 
     def check(self, request: Request) -> None:
         """Looks whether this model can do a request, at little cost: images are not decoded.

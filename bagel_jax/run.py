@@ -6,16 +6,18 @@ With `--modality` alone it runs an example with the bundled demo model.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import shlex
 import sys
 import zipfile
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bagel_jax import __version__
+from bagel_jax import __version__, hosts
 from bagel_jax.command import BAD_INPUT, DONE, FAILED, INTERRUPTED, Parser, add_flags, from_flags
 from bagel_jax.demo.example import EXAMPLES, MODEL
 from bagel_jax.errors import InputError
@@ -24,6 +26,9 @@ from bagel_jax.request import ImageFile, Request
 from bagel_jax.results import Results, output_folder
 from bagel_jax.settings import EngineConfig
 from bagel_jax.turns import read_turns
+
+if TYPE_CHECKING:
+    from bagel_jax.bagel import Bagel
 
 _DEMO_NOTE = (
     "no --model given, so the bundled demo model (coloured shapes, 64x64) is used; for BAGEL-7B-MoT: "
@@ -67,6 +72,7 @@ def parser() -> argparse.ArgumentParser:
     g.add_argument("--save-latents", action="store_true", help="write output_I.latent.npy too")
     groups["text"].add_argument("--think", action="store_true", help="let the model plan in words first")
     add_flags(groups, EngineConfig, defaults=True)
+    hosts.add_flags(groups["serving"])
 
     g = p.add_argument_group("run")
     g.add_argument("--seed", type=int, default=0, metavar="S", help="request i uses S + i (default: %(default)s)")
@@ -84,7 +90,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if (args.modality is None) == (args.turns is None):
         p.error(f"{'neither' if args.turns is None else 'both'} of --modality and --turns was given; give one of them")
     try:
-        return _run_turns(args) if args.turns is not None else _run(args, _fill_in(args, argv))
+        config = from_flags(args, EngineConfig)
+        team = hosts.join(args.coordinator, args.num_processes, args.process_id)
+        if not team.first:
+            return _follow(args, config, team)
+        with contextlib.closing(team):
+            if args.turns is not None:
+                return _run_turns(args, config, team)
+            return _run(args, config, team, _fill_in(args, argv))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
@@ -121,9 +134,23 @@ def _from_here(path: Path) -> str:
     return str(path.relative_to(here) if here in path.parents[1:] else path)
 
 
-def _run(args: argparse.Namespace, notes: Sequence[str]) -> int:
+def _follow(args: argparse.Namespace, config: EngineConfig, team: hosts.Team) -> int:
+    """Another process than the first: its part of the work, with no files to read but the model's and none to write."""
+    from bagel_jax.bagel import Bagel
+
+    try:
+        if team.wait():
+            Bagel.open(args.model, args.dtype, config).follow()
+        return DONE
+    except InputError:
+        raise
+    except Exception as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
+
+
+def _run(args: argparse.Namespace, config: EngineConfig, team: hosts.Team, notes: Sequence[str]) -> int:
     prompts = _prompts(args)
-    config = from_flags(args, EngineConfig)
     requests = _requests(args, prompts)
     output = output_folder(args.output)
     if all(isinstance(request, InputError) for request in requests):
@@ -148,7 +175,9 @@ def _run(args: argparse.Namespace, notes: Sequence[str]) -> int:
         if isinstance(request, InputError):
             print(f"error: request {i}: {request}", file=sys.stderr)
             code = BAD_INPUT
-    with Results(output, len(requests), quiet=args.quiet) as results:
+    _tell(model, args)
+    team.begin()
+    with contextlib.closing(model), Results(output, len(requests), quiet=args.quiet) as results:
         model.load_weights(results.bars)
         records = [
             {"id": f"output_{i}", "modality": args.modality, "prompt": prompt, "seed": args.seed + i}
@@ -174,7 +203,7 @@ def _run(args: argparse.Namespace, notes: Sequence[str]) -> int:
     return code
 
 
-def _run_turns(args: argparse.Namespace) -> int:
+def _run_turns(args: argparse.Namespace, config: EngineConfig, team: hosts.Team) -> int:
     """A conversation; it ends at a turn that fails, since those behind it build on it."""
     for name in ("prompts", "txt_prompts", "image_path", "init_noise"):
         if getattr(args, name) is not None:
@@ -183,7 +212,7 @@ def _run_turns(args: argparse.Namespace) -> int:
     if args.negative_prompt is not None:
         usual["negative_prompt"] = args.negative_prompt
     turns = read_turns(args.turns, usual)
-    config, output = from_flags(args, EngineConfig), output_folder(args.output)
+    output = output_folder(args.output)
 
     if args.model is None and not args.quiet:
         print(f"note: {_DEMO_NOTE}", file=sys.stderr, flush=True)
@@ -191,7 +220,9 @@ def _run_turns(args: argparse.Namespace) -> int:
     from bagel_jax.bagel import Bagel
 
     model = Bagel.open(args.model, args.dtype, config)
-    with Results(output, len(turns), quiet=args.quiet) as results:
+    _tell(model, args)
+    team.begin()
+    with contextlib.closing(model), Results(output, len(turns), quiet=args.quiet) as results:
         model.load_weights(results.bars)
         session = model.session(seed=args.seed, progress=results.bars)
         for i, turn in enumerate(turns):
@@ -206,6 +237,13 @@ def _run_turns(args: argparse.Namespace) -> int:
                 return BAD_INPUT if isinstance(error, InputError) else FAILED
             results.add(i, said | {"modality": request.modality, "seed": request.seed} | record)
     return DONE
+
+
+def _tell(model: Bagel, args: argparse.Namespace) -> None:
+    """Says what the model will have on its devices, but for a CPU alone, which has no memory of its own."""
+    outlook = model.outlook
+    if not args.quiet and (outlook.free is not None or outlook.devices > 1):
+        print(f"note: {outlook}", file=sys.stderr, flush=True)
 
 
 def _requests(args: argparse.Namespace, prompts: list[str]) -> list[Request | InputError]:

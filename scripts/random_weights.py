@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 from tqdm import tqdm
 
@@ -45,6 +46,21 @@ SIZES = (
     ("max-latent-size", 64, "latent tokens along one side of an image, at most"),
 )
 
+# What differs in the published model.
+PUBLISHED = {
+    "hidden_size": 3584,
+    "layers": 28,
+    "heads": 28,
+    "kv_heads": 4,
+    "mlp": 18944,
+    "vit_hidden_size": 1152,
+    "vit_layers": 26,
+    "vit_heads": 16,
+    "vit_mlp": 4304,
+    "ae_channels": 128,
+    "vocab_size": 152064,
+}
+
 
 def parser() -> Parser:
     """The command line."""
@@ -64,7 +80,25 @@ def parser() -> Parser:
     p.add_argument("--tokenizer-from", type=Path, default=MODEL, metavar="DIR", help="where tokenizer files are")
     p.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of every tensor")
     p.add_argument("--seed", type=int, default=0, metavar="S", help="of the weights")
+    p.add_argument(
+        "--published",
+        action="store_true",
+        help="the published 7B's sizes in place of all defaults; fewer layers are --layers and --vit-layers",
+    )
+    p.add_argument(
+        "--repeat",
+        action="store_true",
+        help="one random block over and over, and all layers the same: a model of many gigabytes at the disk's speed",
+    )
     return p
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    """The options, those of `--published` filled in."""
+    p = parser()
+    if p.parse_args(argv).published:
+        p.set_defaults(**PUBLISHED)
+    return p.parse_args(argv)
 
 
 def config_of(a: argparse.Namespace) -> BagelConfig:
@@ -121,14 +155,26 @@ def draw(target: Target, config: BagelConfig, seed: int) -> np.ndarray:
     return np.float32(std) * generator.standard_normal(target.shape, np.float32)
 
 
+def repeated(target: Target, config: BagelConfig, seed: int) -> np.ndarray:
+    """Values as `draw`'s in bfloat16, from one block that is much smaller; a view that repeats one layer."""
+    *_, module, kind = target.path.split(".")
+    if kind == "scale" or module in ("latent_positions", "vit_positions"):
+        return draw(target, config, seed)
+    std = 1 / math.sqrt(math.prod(target.source_shape[1:])) if kind == "kernel" else 0.02
+    # A prime, so that no two rows of a matrix begin alike.
+    block = np.random.default_rng(seed).standard_normal(1_000_003, np.float32) * np.float32(std)
+    layer = target.to_target(np.resize(block.astype(ml_dtypes.bfloat16), target.source_shape))
+    return np.broadcast_to(layer, target.shape)
+
+
 def main() -> int:
     """Runs the command line; returns the exit code: 0 or 2 (bad input)."""
-    args = parser().parse_args()
+    args = parse_args(sys.argv[1:])
     try:
         config = config_of(args)
         shapes = {path: x.shape for path, x in flatten(abstract_weights(config, jnp.float32).params).items()}
-        kind, targets = np.dtype(np.float32), resolve(shapes)
-        arrays = {t.path: StoredArray(t.shape, kind, partial(draw, t, config, args.seed)) for t in targets}
+        kind, targets, values = np.dtype(np.float32), resolve(shapes), repeated if args.repeat else draw
+        arrays = {t.path: StoredArray(t.shape, kind, partial(values, t, config, args.seed)) for t in targets}
         with tqdm(total=len(arrays), desc="writing", unit="parameter") as bar:
             tokenizer, dtype = args.tokenizer_from, jnp.dtype(args.dtype)
             export(arrays, config, tokenizer, args.destination, dtype, lambda done, _: bar.update(done - bar.n))

@@ -126,4 +126,5 @@ def script_runner(script: Path, monkeypatch, capsys):
             code = end.code
         return code, *capsys.readouterr()
 
+    run.module = module
     return run

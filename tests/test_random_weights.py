@@ -12,6 +12,7 @@ import small
 from commands import script_runner
 
 from bagel_jax.bagel import Bagel
+from bagel_jax.checkpoint.load import targets_of
 from bagel_jax.checkpoint.source import ModelSource
 from bagel_jax.settings import EngineConfig
 
@@ -76,6 +77,32 @@ def test_a_seed_gives_the_same_weights_whatever_the_depth(script, tmp_path):
     embedding = "language_model.model.embed_tokens.weight"
     assert not np.array_equal(other[embedding], first[embedding])
     assert np.array_equal(deeper[embedding], first[embedding])
+
+
+def test_one_block_repeated(script, tmp_path):
+    """A model of 8 GB takes minutes to draw, or its numbers are not of a size that can be computed with."""
+    assert script(tmp_path / "drawn", *TINY, "--layers", 3)[0] == 0
+    assert script(tmp_path / "repeated", *TINY, "--layers", 3, "--repeat")[0] == 0
+    drawn, repeated = (checkpoints.read_tensors(tmp_path / name / "ema.safetensors") for name in ("drawn", "repeated"))
+    assert {name: x.shape for name, x in drawn.items()} == {name: x.shape for name, x in repeated.items()}
+    for name, x in drawn.items():
+        if x.size > 500:
+            np.testing.assert_allclose(repeated[name].std(), x.std(), rtol=0.15, err_msg=name)
+    layer = "language_model.model.layers.{}.mlp.up_proj.weight"
+    assert np.array_equal(repeated[layer.format(0)], repeated[layer.format(2)])
+    ModelSource.open(tmp_path / "repeated").load(np.float32)
+
+
+def test_the_published_sizes(script):
+    """A model that stands in for the 7B has other widths than it."""
+    options = script.module.parse_args(["DST", "--published", "--layers", "2"])
+    config = script.module.config_of(options)
+    published = checkpoints.official_shapes("ema")
+    assert (options.layers, config.trunk.mlp_width, config.trunk.head_dim) == (2, 18944, 128)
+    ours = {t.sources[0]: t.source_shape for t in targets_of(config)}
+    ours = {name: shape for name, shape in ours.items() if name in published}
+    assert len(ours) > 60
+    assert ours == {name: published[name] for name in ours}
 
 
 def test_bfloat16_and_another_tokenizer(script, tiny_dir, tmp_path):

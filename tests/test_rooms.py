@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "bagel_jax"
 # Which rooms a room may import, from the top floor down; errors is open to all.
 MAY_IMPORT = {
     "__init__": {"bagel", "request", "settings", "functional"},
-    "run": {"bagel", "demo", "request", "options", "results", "settings", "turns", "command"},
+    "run": {"bagel", "demo", "request", "options", "results", "settings", "turns", "command", "hosts"},
     "turns": {"engine", "request", "options"},
     "results": {"request"},
     "aot": {
@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "engine": {
         *("sampling", "models", "inputs", "request", "config", "layout", "settings", "clock", "pallas", "buckets"),
         "placement",
+        "devices",
     },
     "checkpoint": {"models", "config"},
     "models": {"config", "layout"},
@@ -39,6 +40,7 @@ MAY_IMPORT = {
     "buckets": set(),
     "clock": set(),
     "command": set(),
+    "hosts": set(),
     "pallas": set(),
     "placement": {"models", "settings", "config", "devices"},
     "layout": set(),

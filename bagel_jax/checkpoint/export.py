@@ -20,13 +20,13 @@ import numpy as np
 
 from bagel_jax.checkpoint.files import read_json
 from bagel_jax.checkpoint.folder import copy_small_files, written
-from bagel_jax.checkpoint.load import PublishedCheckpoint
+from bagel_jax.checkpoint.load import targets_of
 from bagel_jax.checkpoint.source import ModelSource
 from bagel_jax.checkpoint.store import MANIFEST
-from bagel_jax.checkpoint.table import AUTOENCODER, COMPONENTS, MAIN, Target, resolve
+from bagel_jax.checkpoint.table import AUTOENCODER, COMPONENTS, MAIN, Target
 from bagel_jax.config import BagelConfig
 from bagel_jax.errors import InputError
-from bagel_jax.models.weights import Weights, abstract_weights, flatten
+from bagel_jax.models.weights import Weights, flatten
 
 _FILES = {MAIN: "ema.safetensors", AUTOENCODER: "ae.safetensors"}
 _DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
@@ -49,31 +49,15 @@ class StoredArray:
 def stored_arrays(source: ModelSource) -> dict[str, StoredArray]:
     """Every parameter of a checkpoint by its path, in the dtype that it has there, for host memory.
 
-    A published checkpoint is read a parameter at a time, a converted one a component at a time.
+    They are read a parameter at a time.
     """
     checkpoint = source.checkpoint
     cpu = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
-    if isinstance(checkpoint, PublishedCheckpoint):
-        dtypes = {target.path: np.dtype(checkpoint.stored_dtype(target)) for target in checkpoint.targets}
-        return {
-            t.path: StoredArray(t.shape, dtypes[t.path], functools.partial(checkpoint.read, t, dtypes[t.path], cpu))
-            for t in checkpoint.targets
-        }
-    targets = resolve(_shapes(checkpoint.config))
-
-    @functools.lru_cache(maxsize=1)
-    def component(name: str) -> dict[str, jax.Array]:
-        wanted = {
-            t.path: jax.ShapeDtypeStruct(t.shape, checkpoint.dtypes[t.path], sharding=cpu)
-            for t in targets
-            if t.row.component == name
-        }
-        return checkpoint.read(name, wanted)
-
-    def reader(target: Target) -> Callable[[], jax.Array]:
-        return lambda: component(target.row.component)[target.path]
-
-    return {t.path: StoredArray(t.shape, checkpoint.dtypes[t.path], reader(t)) for t in targets}
+    dtypes = {target.path: np.dtype(checkpoint.stored_dtype(target)) for target in checkpoint.targets}
+    return {
+        t.path: StoredArray(t.shape, dtypes[t.path], functools.partial(checkpoint.read, t, dtypes[t.path], cpu))
+        for t in checkpoint.targets
+    }
 
 
 def export(
@@ -205,13 +189,9 @@ def json_files(config: BagelConfig, dtype: str) -> dict[str, dict[str, Any]]:
     return {"config.json": top, "llm_config.json": llm, "vit_config.json": vision}
 
 
-def _shapes(config: BagelConfig) -> dict[str, tuple[int, ...]]:
-    return {path: leaf.shape for path, leaf in flatten(abstract_weights(config, jnp.float32).params).items()}
-
-
 def _checked_targets(arrays: Mapping[str, Any], config: BagelConfig) -> list[Target]:
     """The targets of a model of these sizes; raises `InputError` unless `arrays` are its parameters."""
-    targets = resolve(_shapes(config))
+    targets = targets_of(config)
     for target in targets:
         if target.path not in arrays:
             raise InputError(f"parameter {target.path} is missing; a model of these sizes has it")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import mmap
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -15,6 +17,8 @@ from bagel_jax.checkpoint.table import AUTOENCODER, MAIN
 from bagel_jax.errors import InputError
 
 _INDEX = "model.safetensors.index.json"
+# The dtypes that can be read.
+NUMPY = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}
 
 
@@ -25,6 +29,7 @@ class TensorInfo:
     file: Path
     shape: tuple[int, ...]
     dtype: str  # safetensors' name: "F32", "BF16", …
+    start: int = 0  # of its values in the file, in bytes
 
     @property
     def size(self) -> int:
@@ -96,9 +101,8 @@ class CheckpointFiles:
         if not path.is_file():
             raise InputError(f"{path} does not exist; a BAGEL checkpoint needs it")
         try:
-            with safe_open(str(path), framework="numpy") as handle:
-                views = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (no dict)
-                infos = {n: TensorInfo(path, tuple(v.get_shape()), v.get_dtype()) for n, v in views.items()}
+            with safe_open(str(path), framework="numpy"):  # which checks the header, and that the file is whole
+                infos = _tensor_infos(path)
         except (SafetensorError, OSError) as error:
             raise InputError(f"{path} is not a whole safetensors file ({error}); fetch it again") from None
         for name, info in infos.items():
@@ -113,16 +117,33 @@ class CheckpointFiles:
     def reading(self) -> Iterator[Callable[[str, str, tuple[slice, ...]], np.ndarray]]:
         """Opens the files for a while: yields `read(kind, name, index)`, one slice of one tensor in the file's dtype.
 
-        The files are mapped into memory, and what was read of them counts as this process's memory until they are
-        closed; so keep the while short.
+        What is read is a copy, and the file's pages are let go of at once: mapped pages count as this process's memory.
         """
-        with ExitStack() as stack:
-            handles = {}
+        maps: dict[Path, mmap.mmap] = {}
 
-            def read(kind: str, name: str, index: tuple[slice, ...]) -> np.ndarray:
-                path = self.tensors[kind][name].file
-                if path not in handles:
-                    handles[path] = stack.enter_context(safe_open(str(path), framework="numpy"))
-                return handles[path].get_slice(name)[index]
+        def read(kind: str, name: str, index: tuple[slice, ...]) -> np.ndarray:
+            info = self.tensors[kind][name]
+            if info.file not in maps:
+                with info.file.open("rb") as file:
+                    maps[info.file] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            mapped = maps[info.file]
+            whole = np.frombuffer(mapped, NUMPY[info.dtype], info.size, info.start).reshape(info.shape)
+            part = whole[index].copy()
+            first = info.start - info.start % mmap.PAGESIZE
+            mapped.madvise(mmap.MADV_DONTNEED, first, info.start + info.num_bytes - first)
+            return part
 
-            yield read
+        yield read
+        maps.clear()
+
+
+def _tensor_infos(path: Path) -> dict[str, TensorInfo]:
+    """What a file's header says of each tensor, by name."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return {
+        name: TensorInfo(path, tuple(entry["shape"]), entry["dtype"], 8 + length + entry["data_offsets"][0])
+        for name, entry in header.items()
+    }

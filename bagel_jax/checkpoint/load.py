@@ -9,16 +9,14 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
-from bagel_jax.checkpoint.files import CheckpointFiles, TensorInfo
+from bagel_jax.checkpoint.assemble import assemble
+from bagel_jax.checkpoint.files import NUMPY, CheckpointFiles, TensorInfo
 from bagel_jax.checkpoint.table import AUTOENCODER, COMPONENTS, MAIN, Target, resolve
 from bagel_jax.config import BagelConfig
 from bagel_jax.errors import InputError
 from bagel_jax.models.weights import Weights, abstract_weights, fill, flatten
-
-_NUMPY = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
 ShardingOf = Callable[[str, tuple[int, ...]], jax.sharding.Sharding]
 
@@ -32,6 +30,12 @@ def on_device(device: jax.Device) -> ShardingOf:
     """Every parameter whole on one device; it goes there from the host and over no other."""
     placed = jax.sharding.SingleDeviceSharding(device)
     return lambda path, shape: placed
+
+
+def targets_of(config: BagelConfig) -> list[Target]:
+    """Every parameter of a model of these sizes, and what fills it."""
+    shapes = {path: leaf.shape for path, leaf in flatten(abstract_weights(config, jnp.float32).params).items()}
+    return resolve(shapes)
 
 
 @dataclass
@@ -63,8 +67,7 @@ class PublishedCheckpoint:
 
     def __init__(self, files: CheckpointFiles, config: BagelConfig):
         self.files, self.config = files, config
-        shapes = {path: leaf.shape for path, leaf in flatten(abstract_weights(config, jnp.float32).params).items()}
-        self.targets = resolve(shapes)
+        self.targets = targets_of(config)
 
     def report(self) -> Report:
         """Missing, unexpected and wrong-shaped tensors, and what each component holds."""
@@ -83,9 +86,9 @@ class PublishedCheckpoint:
                     report.wrong_shape.append(
                         f"tensor {name} has shape {list(info.shape)}; the model needs {list(target.source_shape)}"
                     )
-                elif info.dtype not in _NUMPY:
+                elif info.dtype not in NUMPY:
                     report.wrong_shape.append(
-                        f"tensor {name} has dtype {info.dtype}; only {', '.join(_NUMPY)} can be read"
+                        f"tensor {name} has dtype {info.dtype}; only {', '.join(NUMPY)} can be read"
                     )
         report.unexpected = [
             name for kind in (MAIN, AUTOENCODER) for name in self.files.tensors[kind] if (kind, name) not in expected
@@ -102,20 +105,20 @@ class PublishedCheckpoint:
     def stored_dtype(self, target: Target) -> np.dtype:
         """The dtype that a parameter's tensors have in the files; the widest, where layers differ."""
         infos = (self.files.tensors[target.row.file][name] for name in target.sources)
-        return functools.reduce(jnp.promote_types, {_NUMPY[info.dtype] for info in infos})
+        return functools.reduce(jnp.promote_types, {NUMPY[info.dtype] for info in infos})
 
     def read(self, target: Target, dtype, sharding: jax.sharding.Sharding) -> jax.Array:
-        """One parameter as an array of `dtype`; each device reads only its own part of each tensor.
+        """One parameter as an array of `dtype`; of each tensor only the parts are read that devices keep, each once.
 
         Raises:
             ValueError: the sharding cuts inside a head.
         """
         stacked = target.row.stacked
+        kind = np.dtype(dtype)
 
         def part(read, index: tuple[slice, ...]) -> np.ndarray:
-            index = tuple(slice(*s.indices(size)) for s, size in zip(index, target.shape, strict=True))
             source_index = target.source_index(index[stacked:])
-            out = np.empty([s.stop - s.start for s in index], dtype)
+            out = np.empty([s.stop - s.start for s in index], kind)
             places = out if stacked else out[None]
             layers = range(len(target.sources))[index[0]] if stacked else range(1)
             for place, layer in zip(places, layers, strict=True):
@@ -123,7 +126,7 @@ class PublishedCheckpoint:
             return out
 
         with self.files.reading() as read:
-            return jax.make_array_from_callback(target.shape, sharding, partial(part, read))
+            return assemble(target.shape, kind, sharding, partial(part, read), stacked=stacked)
 
     def load(
         self, dtype, progress: Callable[[int, int], None] | None = None, sharding: ShardingOf = on_default_device

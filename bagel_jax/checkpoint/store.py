@@ -8,27 +8,31 @@ written beside its place and renamed when whole, so an interrupted conversion le
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+import numpy as np
 
+from bagel_jax.checkpoint.assemble import assemble
 from bagel_jax.checkpoint.files import read_json
 from bagel_jax.checkpoint.folder import copy_small_files, written
-from bagel_jax.checkpoint.load import PublishedCheckpoint, ShardingOf, on_default_device
-from bagel_jax.checkpoint.table import COMPONENTS, Target, resolve
+from bagel_jax.checkpoint.load import PublishedCheckpoint, ShardingOf, on_default_device, targets_of
+from bagel_jax.checkpoint.table import COMPONENTS, Target
 from bagel_jax.config import BagelConfig
 from bagel_jax.errors import InputError
-from bagel_jax.models.weights import Weights, abstract_weights, fill, flatten
+from bagel_jax.models.weights import Weights, abstract_weights, fill
 
 MANIFEST = "bagel_jax.json"
 # In format 1 heads and their width were one axis, as in the published layout.
 _FORMAT, _JOINED = 2, 1
 # Arrays are cut into pieces of at most this many bytes, so that a device can read its part of one.
 _CHUNK_BYTES = 64 * 2**20
+# Pieces that are kept while an array is read, since several devices may have a part of one: somewhat more than
+# `assemble` reads at a time.
+_CACHE_BYTES = 640 * 2**20
 
 
 def convert(
@@ -64,9 +68,10 @@ def convert(
                 done += 1
                 if progress is not None:
                     progress(done, len(checkpoint.targets))
-            args = ocp.args.PyTreeSave(
-                arrays, save_args=jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), arrays)
-            )
+            # Cut by layers first, as they are read.
+            cut = {path: (0,) if x.nbytes > _CHUNK_BYTES else () for path, x in arrays.items()}
+            pieces = {path: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=axes) for path, axes in cut.items()}
+            args = ocp.args.PyTreeSave(arrays, save_args=pieces)
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
                 checkpointer.save((folder / "weights" / _folder(component)).absolute(), args)
         copy_small_files(checkpoint.files.directory, folder)
@@ -109,6 +114,7 @@ class ConvertedCheckpoint:
             self.dtypes = {path: jnp.dtype(name) for path, name in manifest["dtypes"].items()}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{directory / MANIFEST} is damaged ({error!r}); convert again") from None
+        self.targets = targets_of(self.config)
         for name, size in files.items():
             file = directory / name
             found = file.stat().st_size if file.is_file() else 0
@@ -123,65 +129,58 @@ class ConvertedCheckpoint:
         Raises:
             InputError: the arrays do not fit the manifest's sizes.
         """
-        weights = abstract_weights(self.config, dtype)
-        leaves = flatten(weights.params)
-        components = {t.path: t.row.component for t in resolve({p: leaf.shape for p, leaf in leaves.items()})}
         arrays: dict[str, jax.Array] = {}
         if progress is not None:
-            progress(0, len(leaves))
-        for component in COMPONENTS:
-            wanted = {
-                path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding(path, leaf.shape))
-                for path, leaf in leaves.items()
-                if components[path] == component
-            }
-            arrays |= self.read(component, wanted)
+            progress(0, len(self.targets))
+        for target in self.targets:
+            arrays[target.path] = self.read(target, jnp.dtype(dtype), sharding(target.path, target.shape))
             if progress is not None:
-                progress(len(arrays), len(leaves))
-        return fill(weights, arrays)
+                progress(len(arrays), len(self.targets))
+        return fill(abstract_weights(self.config, dtype), arrays)
 
-    def read(self, component: str, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-        """The parameters of one component.
+    def stored_dtype(self, target: Target) -> np.dtype:
+        """The dtype that a parameter has on disk."""
+        return self.dtypes[target.path]
 
-        Args:
-            component: one of `COMPONENTS`.
-            wanted: shape, dtype and sharding of each of its parameters, by dotted path.
+    def read(self, target: Target, dtype, sharding: jax.sharding.Sharding) -> jax.Array:
+        """One parameter as an array of `dtype`; only the parts are read that devices keep, each once.
 
         Raises:
-            InputError: the arrays are damaged or of other shapes.
+            InputError: the array is damaged or of another shape.
         """
-        shapes = {path: leaf.shape for path, leaf in wanted.items()}
-        joined = {t.path: t for t in resolve(shapes) if t.row.heads is not None} if self._format == _JOINED else {}
-        arrays = self._restore(component, wanted | {path: _joined(t, wanted[path]) for path, t in joined.items()})
-        for path in joined:
-            arrays[path] = _split(arrays[path], wanted[path])
-        return arrays
+        # Not through Orbax, which reads a part once for each device that keeps it, and a component's arrays together.
+        import tensorstore as ts  # late: as Orbax in `convert`
 
-    def _restore(self, component: str, wanted: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-        import orbax.checkpoint as ocp  # late: as in `convert`
+        kind, component = np.dtype(dtype), target.row.component
+        joined = target.row.heads is not None and self._format == _JOINED
+        expected = target.joined_shape if joined else target.shape
+        base = (self.directory / "weights" / _folder(component)).absolute().as_uri()
+        # What is missing would read as zeros.
+        spec = {"driver": "zarr", "fill_missing_data_reads": False}
+        spec["kvstore"] = {"driver": "ocdbt", "base": base, "path": f"{target.path}/"}
+        with self._damage_told(component):
+            context = ts.Context({"cache_pool": {"total_bytes_limit": _CACHE_BYTES}})
+            stored = ts.open(spec, context=context, open=True, read=True).result()
+            if stored.shape != expected:
+                raise ValueError(f"{target.path} has shape {list(stored.shape)}, the model's has {list(expected)}")
+            cast = ts.cast(stored, kind.name)
+        by_layers = target.row.stacked and stored.chunk_layout.read_chunk.shape[0] < stored.shape[0]
 
-        restore = ocp.args.PyTreeRestore(wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted))
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            try:
-                return checkpointer.restore((self.directory / "weights" / _folder(component)).absolute(), restore)
-            except Exception as error:  # Orbax and TensorStore raise all kinds
-                reason = f"{type(error.__cause__ or error).__name__}: {error.__cause__ or error}".splitlines()[0]
-                reason = reason.split(". See full TensorStore details")[0]
-                raise InputError(
-                    f"the {component} weights in {self.directory} cannot be read ({reason}); convert again"
-                ) from None
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            there = target.joined_index(index) if joined else index
+            with self._damage_told(component):
+                values = cast[there].read(order="C").result()
+            return values.reshape([s.stop - s.start for s in index])
 
+        return assemble(target.shape, kind, sharding, part, stacked=by_layers)
 
-def _joined(target: Target, wanted: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """A parameter with heads and their width as one axis, cut as `wanted` is."""
-    sharding = wanted.sharding
-    if isinstance(sharding, NamedSharding):
-        first = target.row.heads[0] + target.row.stacked
-        spec = (*sharding.spec, *[None] * (len(wanted.shape) - len(sharding.spec)))
-        sharding = NamedSharding(sharding.mesh, PartitionSpec(*spec[: first + 1], *spec[first + 2 :]))
-    return jax.ShapeDtypeStruct(target.joined_shape, wanted.dtype, sharding=sharding)
-
-
-def _split(x: jax.Array, wanted: jax.ShapeDtypeStruct) -> jax.Array:
-    """What `_joined` asked for, as `wanted` is; each device has the heads already that it keeps."""
-    return jax.jit(partial(jnp.reshape, shape=wanted.shape), out_shardings=wanted.sharding)(x)
+    @contextmanager
+    def _damage_told(self, component: str) -> Iterator[None]:
+        """Turns what TensorStore raises, which is of all kinds, into an `InputError`."""
+        try:
+            yield
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}".splitlines()[0].split(" [tensorstore_spec")[0]
+            raise InputError(
+                f"the {component} weights in {self.directory} cannot be read ({reason}); convert again"
+            ) from None

@@ -168,17 +168,29 @@ class Target:
         Raises:
             ValueError: it cuts inside a head.
         """
-        if self.row.heads is not None:
-            first = self.row.heads[0]
-            heads, width = index[first : first + 2]
-            size = self.shape[first + 1 + self.row.stacked]
-            if (width.start, width.stop) != (0, size):
-                raise ValueError(
-                    f"{self.path} is asked for from {width.start} to {width.stop} of each head's {size} numbers; a "
-                    "head is read whole"
-                )
-            index = (*index[:first], slice(heads.start * size, heads.stop * size), *index[first + 2 :])
-        return self._in_source_order(index)
+        layers = (slice(0, 1),) * self.row.stacked
+        return self._in_source_order(self.joined_index((*layers, *index))[self.row.stacked :])
+
+    def joined_index(self, index: tuple[slice, ...]) -> tuple[slice, ...]:
+        """Where a part of the target is in an array of `joined_shape`.
+
+        Args:
+            index: slices with start and stop, one an axis of the target.
+
+        Raises:
+            ValueError: it cuts inside a head.
+        """
+        if self.row.heads is None:
+            return index
+        first = self.row.heads[0] + self.row.stacked
+        heads, width = index[first : first + 2]
+        size = self.shape[first + 1]
+        if (width.start, width.stop) != (0, size):
+            raise ValueError(
+                f"{self.path} is asked for from {width.start} to {width.stop} of each head's {size} numbers; a "
+                "head is read whole"
+            )
+        return (*index[:first], slice(heads.start * size, heads.stop * size), *index[first + 2 :])
 
     def to_target(self, tensor: np.ndarray) -> np.ndarray:
         """A source, or a part of one that cuts no head, as a layer of the target has it; a view."""

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from bagel_jax.config import BagelConfig
 from bagel_jax.models.bagel import BagelModel
@@ -67,7 +68,7 @@ class Weights:
 
     def on(self, sharding: Callable[[str, tuple[int, ...]], jax.sharding.Sharding]) -> Weights:
         """The same weights elsewhere: `sharding` says where a parameter of a path and shape goes."""
-        moved = {path: jax.device_put(x, sharding(path, x.shape)) for path, x in flatten(self.params).items()}
+        moved = {path: _moved(x, sharding(path, x.shape)) for path, x in flatten(self.params).items()}
         return fill(self, moved)
 
     @property
@@ -114,14 +115,39 @@ def abstract_weights(config: BagelConfig, dtype, trunk_layers=stack) -> Weights:
     return Weights(*nnx.split(nnx.eval_shape(lambda: BagelModel(config, dtype, nnx.Rngs(0), trunk_layers))))
 
 
-@jax.jit
-def _unstack(x):
+def _moved(x: jax.Array, sharding: jax.sharding.Sharding) -> jax.Array:
+    if sharding.is_fully_addressable:
+        return jax.device_put(x, sharding)
+    # `device_put` would ask the other processes whether they have the same.
+    return jax.make_array_from_callback(x.shape, sharding, np.asarray(x).__getitem__)
+
+
+def _unstack(x: jax.Array) -> list[jax.Array]:
+    """A parameter's layers, each laid out as all of them were."""
+    return jax.jit(_sliced, out_shardings=_of_layer(x.sharding))(x)
+
+
+def _sliced(x):
     return [x[i] for i in range(x.shape[0])]
 
 
 def _copied(x: jax.Array) -> list[jax.Array]:
     """`_unstack` where the host can read the array, without compiling for each shape."""
-    return [jax.device_put(layer.copy(), x.sharding) for layer in np.asarray(x)]
+    sharding = _of_layer(x.sharding)
+    parts = [(shard.device, np.asarray(shard.data)) for shard in x.addressable_shards]
+    return [
+        jax.make_array_from_single_device_arrays(
+            x.shape[1:], sharding, [jax.device_put(part[layer].copy(), device) for device, part in parts]
+        )
+        for layer in range(x.shape[0])
+    ]
+
+
+def _of_layer(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
+    """Where a layer lies if all of them, on a leading axis that is never cut, lie there."""
+    if isinstance(sharding, NamedSharding):
+        return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    return sharding
 
 
 def flatten(params: nnx.State) -> dict[str, object]:

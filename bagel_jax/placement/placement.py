@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from bagel_jax.config import BagelConfig
@@ -19,7 +19,7 @@ from bagel_jax.devices import MeshShape
 from bagel_jax.errors import InputError
 from bagel_jax.models.weights import weight_bytes
 from bagel_jax.placement.rules import SERVING, Rules, partition
-from bagel_jax.placement.spread import AXES, HEADS, PAGES, Spread
+from bagel_jax.placement.spread import AXES, DATA, HEADS, PAGES, SEQUENCE, SPARE, Spread
 from bagel_jax.settings import EngineConfig
 
 
@@ -58,13 +58,19 @@ class Placement:
 
     @property
     def device(self) -> jax.Device:
-        """The first device."""
-        return self.mesh.devices.flat[0]
+        """The first device of this process."""
+        return _first_here(self.mesh.devices.flat)
 
     @property
     def platform(self) -> str:
         """`cpu`, `gpu` or `tpu`: what programs are compiled for."""
         return self.device.platform
+
+    @property
+    def shape(self) -> MeshShape:
+        """How many devices lie along the axes that a user names."""
+        sizes = self.mesh.shape
+        return MeshShape(sizes[DATA], sizes[SEQUENCE], sizes[HEADS] * sizes[SPARE])
 
     @property
     def spread(self) -> Spread:
@@ -102,12 +108,29 @@ class Placement:
         """Into how many parts a page of keys and values is cut."""
         return self.mesh.shape[HEADS]
 
-    def free_bytes(self, share: float) -> int:
-        """A share of the free memory of a device; on a CPU its part of a quarter of the machine's."""
+    def memory(self) -> int | None:
+        """Bytes that are free on a device; None on a CPU, whose devices have none of their own."""
         stats = self.device.memory_stats() or {}
-        if "bytes_limit" in stats:
-            return int(share * (stats["bytes_limit"] - stats["bytes_in_use"]))
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4 // self.mesh.size
+        return stats["bytes_limit"] - stats["bytes_in_use"] if "bytes_limit" in stats else None
+
+    def free_bytes(self, share: float) -> int:
+        """A share of the free memory of a device, the same in all processes; on a CPU its part of a quarter of it."""
+        free = self.memory()
+        free = machine_memory() // 4 // self.mesh.size if free is None else int(share * free)
+        if self.pages().is_fully_addressable:
+            return free
+        return int(multihost_utils.process_allgather(np.float64(free)).min())
+
+
+def machine_memory() -> int:
+    """Bytes of memory that this machine has."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _first_here(devices: Iterable[jax.Device]) -> jax.Device:
+    """The first of the devices that this process has; of others nothing can be asked."""
+    here = jax.process_index()
+    return next(device for device in devices if device.process_index == here)
 
 
 def _in_order(devices: Sequence[jax.Device], shape: tuple[int, ...]) -> np.ndarray:
@@ -139,6 +162,7 @@ def stage_placements(settings: EngineConfig, config: BagelConfig, dtype) -> tupl
         InputError: there are no such devices, or not as many as a mesh has.
     """
     chosen = [_chosen(settings, stage, partial(weight_bytes, config, dtype)) for stage in ("ar", "dit")]
+    _check_processes(chosen)
     context, denoise = (Placement.over(devices, config.trunk.num_kv_heads, *shape) for devices, shape in chosen)
     if chosen[0] != chosen[1]:
         return context, denoise
@@ -146,18 +170,36 @@ def stage_placements(settings: EngineConfig, config: BagelConfig, dtype) -> tupl
     return context, denoise if overlap else context
 
 
+def _check_processes(chosen: Sequence[tuple[list[jax.Device], MeshShape]]) -> None:
+    """That every process has a part in every program, which is how JAX runs programs on several hosts."""
+    processes = {device.process_index for devices, _ in chosen for device in devices}
+    if len(processes) == 1:
+        return
+    if chosen[0] != chosen[1]:
+        raise InputError(
+            f"the stages have meshes {chosen[0][1]} and {chosen[1][1]} of devices of {len(processes)} processes; over "
+            "several processes both must have the same mesh of the same devices"
+        )
+    if len(processes) < jax.process_count():
+        raise InputError(
+            f"the mesh {chosen[0][1]} has devices of {len(processes)} processes, but there are {jax.process_count()}; "
+            "each must have one, so give a larger mesh or start fewer processes"
+        )
+
+
 def _chosen(
     settings: EngineConfig, stage: str, size_of_weights: Callable[[], int]
 ) -> tuple[list[jax.Device], MeshShape]:
     """The devices of a stage, and its mesh of them."""
     numbers, shape, first = settings.stage_devices(stage), settings.stage_mesh(stage), settings.stage_device(stage)
-    found = jax.devices() if shape is not None or numbers is not None else jax.local_devices()
+    found = jax.devices()
     if numbers is None:
         if first is not None or shape is not None:
             size = 1 if shape is None else shape.size
             numbers = tuple(range(first or 0, (first or 0) + size))
         else:  # nothing is said
-            numbers = tuple(range(len(found))) if found[0].platform != "cpu" else (0,)
+            alone = found[0].platform == "cpu" and jax.process_count() == 1
+            numbers = (0,) if alone else tuple(range(len(found)))
     if max(numbers) >= len(found):
         asked = f"{stage}_device is {first}" if len(numbers) == 1 else f"{stage} needs devices up to {max(numbers)}"
         raise InputError(f"{asked}; it must be a device's number, from 0 to {len(found) - 1}")
@@ -178,7 +220,7 @@ def best_mesh(devices: Sequence[jax.Device], size_of_weights: Callable[[], int])
     is left beside the weights should hold the KV cache and what programs need.
     """
     count = len(devices)
-    limit = (devices[0].memory_stats() or {}).get("bytes_limit")
+    limit = (_first_here(devices).memory_stats() or {}).get("bytes_limit")
     if count == 1 or limit is None:
         return MeshShape(data=count)
     return mesh_within(limit, count, size_of_weights())

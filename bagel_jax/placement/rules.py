@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from bagel_jax.placement.spread import HEADS, TENSOR
 
@@ -47,7 +47,7 @@ FSDP: Rules = {"embed": "fsdp", "heads": None, "mlp": None, "vocab": None}
 SERVING: Rules = {"embed": None, "heads": HEADS, "mlp": TENSOR, "vocab": TENSOR}
 
 
-def partition(path: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules = FSDP) -> PartitionSpec:
+def partition(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, rules: Rules = FSDP) -> PartitionSpec:
     """Which mesh axis each axis of a parameter lies along. An axis that does not divide evenly is not cut.
 
     Args:
@@ -69,13 +69,19 @@ def partition(path: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules = FSDP
     return PartitionSpec(*spec)
 
 
-def _even(size: int, axes: str | tuple[str, ...] | None, mesh: Mesh) -> str | tuple[str, ...] | None:
+def _even(size: int, axes: str | tuple[str, ...] | None, mesh: Mesh | AbstractMesh) -> str | tuple[str, ...] | None:
     """Those of the axes that cut `size` evenly."""
     if axes is None or isinstance(axes, str):
         return axes if axes is not None and size % mesh.shape[axes] == 0 else None
     while axes and size % math.prod(mesh.shape[axis] for axis in axes):
         axes = axes[:-1]
     return axes or None
+
+
+def cut_size(path: str, shape: tuple[int, ...], mesh: Mesh | AbstractMesh, rules: Rules = FSDP) -> int:
+    """How many numbers of a parameter a device of a mesh has, whether its devices are here or not."""
+    spec = [(axes,) if isinstance(axes, str) else axes for axes in partition(path, shape, mesh, rules) if axes]
+    return math.prod(shape) // math.prod(mesh.shape[axis] for axes in spec for axis in axes)
 
 
 def sharding(path: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules = FSDP) -> NamedSharding:

@@ -386,7 +386,7 @@ def _overwrite(directory: Path) -> None:
 # What is damaged, and what must be told.
 DAMAGE = {
     "other vocabulary": (_rewrite('"vocab_size": 768', '"vocab_size": 760'), "the embedding and head weights in"),
-    "other depth": (_rewrite('"num_layers": 3', '"num_layers": 4'), "the understanding expert weights in"),
+    "other depth": (_rewrite('"num_layers": 3', '"num_layers": 4'), "the generation expert weights in"),
     "no array files": (_remove("**/d/*"), "weights/vit/"),
     "no index of arrays": (_remove("manifest.ocdbt"), "weights/vit/"),
     "an empty folder": (_remove("*"), "weights/vit/"),

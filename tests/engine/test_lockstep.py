@@ -1,4 +1,4 @@
-"""Several hosts in lock-step: real processes, each with a replica of the model, that do what the first one decides."""
+"""Several hosts in lock-step: real processes with a mesh over all of them, that do what the first one decides."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
+import pytest
+from golden import relative_error
 from mixed_load import mixed
 from small import model
 
 TESTS = Path(__file__).parents[1]
 
-# `python -c WORKER PORT NUMBER COUNT FILE`: process 0 answers requests, the others follow; each writes what it saw.
+# `python -c WORKER PORT NUMBER COUNT FILE MESH`: process 0 answers requests, the others follow; each tells what it saw.
 WORKER = """
 import json, sys
 import jax, numpy as np
@@ -26,9 +27,10 @@ from small import new_model
 from bagel_jax.engine.core import Engine
 from bagel_jax.engine.drivers import lockstep
 from bagel_jax.engine.ticket import Done
-from bagel_jax.request import Result
+from bagel_jax.errors import InputError
+from bagel_jax.request import Request
 
-made = new_model(topology="single-stage")
+made = new_model(topology="single-stage", mesh=sys.argv[5])
 engine = Engine(made.load_weights(), made.placements, made.config, made.dtype, made.tokenizer, made.settings)
 seen = {}
 
@@ -47,6 +49,13 @@ else:
     driver = lockstep.LockstepDriver(engine)
     requests = mixed(12)
     handles = [driver.submit(made.prepare(request)) for request in requests]
+    hopeless = driver.submit(made.prepare(Request.create("text2text", "a", max_tokens=32000)))
+    try:
+        hopeless.result(timeout=300)
+    except InputError:
+        pass
+    else:
+        raise AssertionError("more tokens than there are pages")
     handles[5].cancel()
     for i, handle in enumerate(handles):
         if i != 5:
@@ -58,35 +67,54 @@ with open(sys.argv[4], "w") as file:
 """
 
 
-def test_two_processes_do_the_same(tmp_path):
-    """Hosts that decide by their own clocks dispatch different programs, and wait for each other for ever."""
+def told(folder: Path, count: int, mesh: str, devices: int) -> list[dict]:
+    """What each of `count` processes saw, with so many devices each."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]), "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}",
+        "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),
+        "JAX_PLATFORMS": "cpu",
+    }
     workers = [
         subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(port), str(number), "2", str(tmp_path / f"{number}.json")],
+            [sys.executable, "-c", WORKER, str(port), str(number), str(count), str(folder / f"{number}.json"), mesh],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for number in range(2)
+        for number in range(count)
     ]
     try:
         outputs = [worker.communicate(timeout=300) for worker in workers]
     finally:
         for worker in workers:
             worker.kill()
-    assert [worker.returncode for worker in workers] == [0, 0], [errors[-2000:] for _, errors in outputs]
-    first, second = (json.loads((tmp_path / f"{number}.json").read_text()) for number in range(2))
+    assert [worker.returncode for worker in workers] == [0] * count, [errors[-2000:] for _, errors in outputs]
+    return [json.loads((folder / f"{number}.json").read_text()) for number in range(count)]
+
+
+def test_two_processes_do_the_same(tmp_path):
+    """Hosts that decide by their own clocks dispatch different programs, and wait for each other for ever."""
+    first, second = told(tmp_path, 2, "data=2", 1)
     assert first == second
-    requests = mixed(12)
-    assert set(first) == {request.request_id for i, request in enumerate(requests) if i != 5}
-    for request in requests[:4]:
-        alone = model().run(request)
-        text, latents = first[request.request_id]
-        assert text == alone.text
-        if latents is not None:
-            np.testing.assert_allclose(np.asarray(latents, np.float32), alone.latents, rtol=1e-4, atol=1e-4)
+    assert len(first) >= 12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "mesh"), [(2, "data=2,tensor=2"), (4, "data=2,sequence=2,tensor=2")])
+def test_a_mesh_over_processes(tmp_path, count, mesh):
+    """A load, a cancel and a hopeless request on a mesh of which each process has two devices."""
+    first, *others = told(tmp_path, count, mesh, 2)
+    assert all(other == first for other in others)
+    expected = {request.request_id: result for request, result in model().run_many(mixed(12))}
+    assert len(first) >= 12
+    for name, (text, latents) in first.items():
+        if name not in expected:  # the hopeless one
+            continue
+        if latents is None:
+            assert text == expected[name].text
+        else:
+            assert relative_error(latents, expected[name].latents) < 1e-5

@@ -28,6 +28,8 @@ from bagel_jax.inputs.prepare import Prepared
 _LOG = logging.getLogger(__name__)
 
 Round = list[Command] | None  # None: the last one
+_KEEP_ALIVE = 20  # seconds
+_GONE = "another process of the engine is gone"
 
 
 def broadcast(commands: Round) -> Round:
@@ -53,9 +55,22 @@ def follow(
         engine: this process's.
         listen: hears the events, which are those of process 0.
         share: gives what process 0 decides; see `broadcast`.
+
+    Raises:
+        RuntimeError: a process is gone, or this one has failed as all others have.
     """
-    while (commands := share(None)) is not None:
-        listen(engine.step(commands))
+    while True:
+        try:
+            commands = share(None)
+        except Exception as error:  # what is at hand raises, of whatever kind
+            raise RuntimeError(f"{_GONE} ({' '.join(str(error).split())[:300]}); start all of them again") from error
+        if commands is None:
+            return
+        try:
+            events = engine.step(commands)
+        except Exception as error:
+            raise RuntimeError(f"this process failed ({error!r}); start all of them again") from error
+        listen(events)
 
 
 class LockstepDriver(Driver):
@@ -96,7 +111,8 @@ class LockstepDriver(Driver):
         while True:
             with self._inbox:
                 while not (self._commands or self._handles or self._in_flight or self._closed):
-                    self._inbox.wait()
+                    if not self._inbox.wait(_KEEP_ALIVE):  # an empty round, or the others would wait for too long
+                        break
                 if self._closed and not (self._commands or self._in_flight):
                     break
             try:
@@ -107,7 +123,8 @@ class LockstepDriver(Driver):
                     self._closed = True
                     self._commands.clear()
                 self._deliver(self._whose(self.engine.give_up(error)), [threading.get_ident()])
-        self._share(None)
+        with contextlib.suppress(Exception):  # nobody may be left to hear it
+            self._share(None)
 
     @property
     def _in_flight(self) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ from bagel_jax.settings import EngineConfig
 VIEWS = 3  # of a context at most: as many as there are guidance branches
 # Tokens of text that a context is expected to have at most, the answer included, when pages are counted automatically.
 _TEXT_TOKENS = 2048
-_SHARE = 0.8  # of the memory that weights leave on a TPU or GPU; the rest is for what programs need meanwhile
+SHARE = 0.8  # of the memory that weights leave on a TPU or GPU; the rest is for what programs need meanwhile
 _COPIES = 8  # pages copied by one program
 
 
@@ -135,47 +136,79 @@ def make_stores(
         InputError: there is no memory for so many pages.
     """
     context, denoise = placements
-    size, slots = settings.page_size, settings.dit_max_num_seqs
-    largest = largest_context(config, size)
-    blocks = slots * VIEWS * block_pages(config.max_latent_size**2, size)
-    own = context is denoise
-    count = _context_pages(context, config, settings, dtype, blocks if own else 0)
-    store = KVStore(context, config, size, count, blocks if own else 0, dtype)
+    size, own = settings.page_size, context is denoise
+    budget, a_page = context.free_bytes(SHARE), page_bytes(config, size, dtype, context)
+    plan = context_pages(budget, a_page, config, settings, own=own)
+    store = KVStore(context, config, size, *plan, dtype)
     if own:
         return store, store
-    affordable = denoise.free_bytes(_SHARE) // page_bytes(config, size, dtype, denoise)
-    if slots * largest + blocks + 1 > affordable:
-        raise _too_many_images(slots, slots * largest + blocks + 1, affordable)
-    return store, KVStore(denoise, config, size, slots * largest, blocks, dtype)
+    budget, a_page = denoise.free_bytes(SHARE), page_bytes(config, size, dtype, denoise)
+    return store, KVStore(denoise, config, size, *denoise_pages(budget, a_page, config, settings), dtype)
 
 
-def _too_many_images(slots: int, needed: int, affordable: int) -> InputError:
-    return InputError(
-        f"dit_max_num_seqs is {slots}, for which stage 1 needs {needed} pages; the device has room for {affordable} "
-        "beside all else, so give a smaller one"
-    )
+class PagePlan(NamedTuple):
+    """How many pages a store has, beside page 0."""
+
+    contexts: int
+    blocks: int  # for stage 1 to denoise in
+
+    @property
+    def total(self) -> int:
+        """All of them, page 0 too."""
+        return self.contexts + self.blocks + 1
 
 
-def _context_pages(placement: Placement, config: BagelConfig, settings: EngineConfig, dtype, blocks: int) -> int:
-    budget = placement.free_bytes(_SHARE)
-    a_page = page_bytes(config, settings.page_size, dtype, placement)
+def context_pages(budget: int, a_page: int, config: BagelConfig, settings: EngineConfig, *, own: bool) -> PagePlan:
+    """The pages of stage 0's store.
+
+    Args:
+        budget: bytes of a device that pages may take.
+        a_page: bytes of a page.
+        config, settings: of the model and the engine.
+        own: whether it is stage 1's too.
+
+    Raises:
+        InputError: that is too little.
+    """
+    blocks = all_blocks(config, settings) if own else 0
     affordable = budget // a_page - 1
     if affordable < 1:
         raise InputError(
-            f"the device has {budget} bytes left for the KV cache, and a page of {settings.page_size} tokens takes "
-            f"{a_page}; give a smaller page_size or a larger device"
+            f"the device has {max(budget, 0)} bytes left for the KV cache, and a page of {settings.page_size} tokens "
+            f"takes {a_page}; give a smaller page_size or a larger device"
         )
     if blocks and affordable <= blocks:
-        raise _too_many_images(settings.dit_max_num_seqs, blocks + 2, affordable)
+        raise _too_many_images(settings, blocks + 2, affordable)
     affordable -= blocks
     if settings.num_pages is None:
-        return min(settings.ar_max_num_seqs * largest_context(config, settings.page_size), affordable)
+        return PagePlan(min(settings.ar_max_num_seqs * largest_context(config, settings.page_size), affordable), blocks)
     if settings.num_pages - 1 > affordable:
         raise InputError(
             f"num_pages is {settings.num_pages}, of {a_page} bytes each; the device has room for {affordable + 1} "
             "beside all else, so give a smaller one"
         )
-    return settings.num_pages - 1
+    return PagePlan(settings.num_pages - 1, blocks)
+
+
+def denoise_pages(budget: int, a_page: int, config: BagelConfig, settings: EngineConfig) -> PagePlan:
+    """The pages of a store that is stage 1's alone; see `context_pages`."""
+    contexts = settings.dit_max_num_seqs * largest_context(config, settings.page_size)
+    plan = PagePlan(contexts, all_blocks(config, settings))
+    if plan.total > budget // a_page:
+        raise _too_many_images(settings, plan.total, budget // a_page)
+    return plan
+
+
+def all_blocks(config: BagelConfig, settings: EngineConfig) -> int:
+    """Pages of the blocks of as many images as stage 1 may denoise at once."""
+    return settings.dit_max_num_seqs * VIEWS * block_pages(config.max_latent_size**2, settings.page_size)
+
+
+def _too_many_images(settings: EngineConfig, needed: int, affordable: int) -> InputError:
+    return InputError(
+        f"dit_max_num_seqs is {settings.dit_max_num_seqs}, for which stage 1 needs {needed} pages; the device has room "
+        f"for {affordable} beside all else, so give a smaller one"
+    )
 
 
 def _padded(numbers: Sequence[int]) -> np.ndarray:
