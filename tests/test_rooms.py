@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "engine": {
         *("sampling", "models", "inputs", "request", "config", "layout", "settings", "clock", "pallas", "buckets"),
         "placement",
+        "devices",
     },
     "checkpoint": {"models", "config"},
     "models": {"config", "layout"},

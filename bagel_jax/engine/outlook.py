@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from bagel_jax.config import BagelConfig
+from bagel_jax.devices import MeshShape
 from bagel_jax.engine.denoise.decoder import TILE
 from bagel_jax.engine.kv.store import (
     SHARE,
@@ -50,15 +51,16 @@ class Outlook:
 
     weights: int  # bytes of all
     devices: int  # of both stages
+    meshes: tuple[MeshShape, ...]  # of the stages; one where they have the same
     share: int  # bytes of weights
     free: int | None  # bytes without weights and pages; None: a CPU, of which nothing is told
     pages: int | None  # for contexts in stage 0
     image: int  # pixels along the side of the largest image for which there will be memory; 0: for none
 
     def __str__(self) -> str:
-        said = f"{self.weights / 2**30:.1f} GiB of weights over {_devices(self.devices)}"
+        said = f"{_gib(self.weights)} of weights over {_devices(self.devices)}"
         if self.devices > 1:
-            said += f", {self.share / 2**30:.1f} GiB each"
+            said += f" ({' and '.join(map(str, self.meshes))}), {_gib(self.share)} each"
         if self.pages is None:
             return said
         said += f"; {self.pages:,} pages"
@@ -94,6 +96,7 @@ def outlook(
             for device in place.mesh.devices.flat
         )
 
+    shapes = tuple(dict.fromkeys(place.shape for place in placements))
     frees = [place.memory() for place in placements]
     if None in frees:
         # All devices of a CPU share the machine's memory.
@@ -104,7 +107,7 @@ def outlook(
                 f"the model's weights take {_gib(needed)} in {jnp.dtype(dtype).name} and the machine has "
                 f"{_gib(machine_memory())}; {_narrower(dtype)}give a machine with more memory"
             )
-        return Outlook(total, len(devices), max(shares.values()), None, None, 0)
+        return Outlook(total, len(devices), shapes, max(shares.values()), None, None, 0)
 
     left = []
     for place, free in zip(placements, frees, strict=True):
@@ -122,7 +125,7 @@ def outlook(
         a_page = page_bytes(config, settings.page_size, dtype, denoise)
         left[1] -= denoise_pages(int(SHARE * left[1]), a_page, config, settings).total * a_page
     image = _largest_image(denoise.mesh, config, settings, dtype, left[1 - own])
-    return Outlook(total, len(devices), max(map(held, placements)), min(left[: 2 - own]), plan.contexts, image)
+    return Outlook(total, len(devices), shapes, max(map(held, placements)), min(left[: 2 - own]), plan.contexts, image)
 
 
 def weights_a_device(config: BagelConfig, dtype, mesh: Mesh | AbstractMesh, rules: Rules = SERVING) -> int:
@@ -185,7 +188,7 @@ def _narrower(dtype) -> str:
 
 
 def _gib(count: int) -> str:
-    return f"{count / 2**30:.3g} GiB" if count < 2**30 else f"{count / 2**30:.1f} GiB"
+    return f"{count / 2**20:.1f} MiB" if count < 2**27 else f"{count / 2**30:.1f} GiB"
 
 
 def _devices(count: int) -> str:

@@ -19,7 +19,7 @@ from bagel_jax.devices import MeshShape
 from bagel_jax.errors import InputError
 from bagel_jax.models.weights import weight_bytes
 from bagel_jax.placement.rules import SERVING, Rules, partition
-from bagel_jax.placement.spread import AXES, HEADS, PAGES, Spread
+from bagel_jax.placement.spread import AXES, DATA, HEADS, PAGES, SEQUENCE, SPARE, Spread
 from bagel_jax.settings import EngineConfig
 
 
@@ -65,6 +65,12 @@ class Placement:
     def platform(self) -> str:
         """`cpu`, `gpu` or `tpu`: what programs are compiled for."""
         return self.device.platform
+
+    @property
+    def shape(self) -> MeshShape:
+        """How many devices lie along the axes that a user names."""
+        sizes = self.mesh.shape
+        return MeshShape(sizes[DATA], sizes[SEQUENCE], sizes[HEADS] * sizes[SPARE])
 
     @property
     def spread(self) -> Spread:

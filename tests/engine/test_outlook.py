@@ -100,7 +100,9 @@ def test_the_rule_lies_above_what_compilers_say(published, name):
 def test_a_mesh_that_fits(published):
     """One line says what a user wants to know."""
     told = judged(published, 15.75, tensor=4)
-    assert str(told) == "27.4 GiB of weights over 4 devices, 7.2 GiB each; 1,384 pages; images up to 1024x1024"
+    assert (
+        str(told) == "27.4 GiB of weights over 4 devices (tensor=4), 7.2 GiB each; 1,384 pages; images up to 1024x1024"
+    )
     assert judged(published, 15.75, data=2, tensor=4).share == told.share
 
 
@@ -177,7 +179,7 @@ def unread(monkeypatch):
 def test_nothing_is_read_when_refused(tiny_dir, monkeypatch, tmp_path, capsys):
     """29 GB are read, and then the device is out of memory."""
     monkeypatch.setattr(Placement, "memory", lambda self: 200_000)
-    with pytest.raises(InputError, match=r"the model's weights take 0\.00"):
+    with pytest.raises(InputError, match=r"the model's weights take 8\.9 MiB"):
         Bagel.load(tiny_dir, "float32")
     ran = Cli(tiny_dir, tmp_path, capsys)("text2text", "--quiet", "--prompts", "a")
     assert_refused(ran, "the model's weights take")
