@@ -135,12 +135,12 @@ def _copied(x: jax.Array) -> list[jax.Array]:
     """`_unstack` where the host can read the array, without compiling for each shape."""
     sharding = _of_layer(x.sharding)
     parts = [(shard.device, np.asarray(shard.data)) for shard in x.addressable_shards]
-    return [
-        jax.make_array_from_single_device_arrays(
-            x.shape[1:], sharding, [jax.device_put(part[layer].copy(), device) for device, part in parts]
-        )
-        for layer in range(x.shape[0])
-    ]
+    layers = []
+    for i in range(x.shape[0]):
+        # Waited for, or the host's copies of all layers would be there at once.
+        layer = jax.block_until_ready([jax.device_put(part[i].copy(), device) for device, part in parts])
+        layers.append(jax.make_array_from_single_device_arrays(x.shape[1:], sharding, layer))
+    return layers
 
 
 def _of_layer(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:
