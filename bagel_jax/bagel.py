@@ -170,7 +170,7 @@ class Bagel:
         """
         with self._first_use:
             if self._engine is None:
-                several = not self.placements[0].pages().is_fully_addressable
+                several = self.placements[0].several_processes
                 if several and jax.process_index():
                     raise RuntimeError("process 0 alone takes requests in; in the others call Bagel.follow()")
                 core = self._core(progress)

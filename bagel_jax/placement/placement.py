@@ -73,6 +73,11 @@ class Placement:
         return MeshShape(sizes[DATA], sizes[SEQUENCE], sizes[HEADS] * sizes[SPARE])
 
     @property
+    def several_processes(self) -> bool:
+        """Whether some of the devices are another process's."""
+        return any(device.process_index != jax.process_index() for device in self.mesh.devices.flat)
+
+    @property
     def spread(self) -> Spread:
         """What programs must know of the mesh."""
         return Spread(self.mesh if self.mesh.size > 1 else None)
@@ -117,7 +122,7 @@ class Placement:
         """A share of the free memory of a device, the same in all processes; on a CPU its part of a quarter of it."""
         free = self.memory()
         free = machine_memory() // 4 // self.mesh.size if free is None else int(share * free)
-        if self.pages().is_fully_addressable:
+        if not self.several_processes:
             return free
         return int(multihost_utils.process_allgather(np.float64(free)).min())
 
