@@ -40,6 +40,8 @@ def test_stages_have_batch_sizes_of_their_own(alone, ar, dit):
 
     def counting(i, count):
         def run(*args):
+            if i == 1 and dit == 2 > most[1] and len(stages[1].jobs) < dit:
+                return False  # or it might have done with each image before the next one's context is there
             dispatched = runs[i](*args)
             most[i] = max(most[i], count())
             return dispatched
@@ -47,7 +49,7 @@ def test_stages_have_batch_sizes_of_their_own(alone, ar, dit):
         return run
 
     stages[0].run = counting(0, lambda: len(stages[0].scheduler.running))
-    stages[1].run = counting(1, lambda: len(stages[1].calls[-1].jobs) if stages[1].calls else 0)
+    stages[1].run = counting(1, lambda: max((len(call.jobs) for call in stages[1].calls), default=0))
     some = [request for request in mixed(12) if request.makes_image][:5] if dit != 2 else mixed(12)
     for request, result in made.run_many(some):
         same(result, alone[request.request_id])
