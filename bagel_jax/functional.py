@@ -39,7 +39,7 @@ from bagel_jax.layout import KVPrefix, Position, Text, VaeImage, VitImage
 from bagel_jax.models.attention import KV, attend
 from bagel_jax.models.bagel import BagelModel
 from bagel_jax.models.layers import scan_layers
-from bagel_jax.models.mot import Block, rotary
+from bagel_jax.models.mot import Block
 from bagel_jax.models.weights import Skeleton, Weights, fill, flatten
 from bagel_jax.request import Settings
 from bagel_jax.sampling import schedule
@@ -135,22 +135,20 @@ def _trunk(definition, params, embedded, order, rope, kv_end, past: KV, hook):
     words, places, patches, latents = embedded
     und = trunk.embed(words)
     und = und.at[places].set(jnp.concatenate(patches)) if patches else und
-    cos, sin = rotary(rope[order], c.head_dim, c.rope_theta)
     back = jnp.argsort(order)
 
     def step(layer, x: Block, this):
         number, before = this
-        q, own = layer.qkv(x, cos, sin)
-        q, k, v = (part[back] for part in (q, *own))
+        q, k, v = (part.joined(0)[back] for part in layer.qkv(x, turn))
         if hook is not None:
-            hidden = jnp.concatenate([part for part in x if part is not None])[back]
+            hidden = x.joined(0)[back]
             q, k, v, hidden = hook(number, q, k, v, hidden) or (q, k, v, hidden)
-            und, gen = jnp.split(hidden[order].astype(x.und.dtype), [len(x.und)])
-            x = Block(und, None if x.gen is None else gen)
+            x = x.split(hidden[order].astype(x.und.dtype), 0)
         seen = KV(jnp.concatenate([before.k, k]), jnp.concatenate([before.v, v]))
-        return layer.finish(x, attend(q, seen, kv_end)[order]), KV(k, v)
+        return layer.finish(x, x.split(attend(q, seen, kv_end)[order], 0)), KV(k, v)
 
     x = Block(und, jnp.concatenate(latents) if latents else None)
+    turn = trunk.turn(x, rope[order])
     # Under a gradient each layer keeps no more than what goes into it.
     return scan_layers(trunk.layers, step, x, (jnp.arange(c.num_layers), past), remat=True)
 

@@ -30,9 +30,10 @@ def through(trunk: MoT, x: Block, rope, kv_end, past: KV | None = None) -> tuple
         past = KV(*(jnp.zeros((c.num_layers, 0, c.num_kv_heads, c.head_dim), x.und.dtype) for _ in range(2)))
     start = past.k.shape[1]
 
-    def attention(layer, q, kv, cache):
+    def attention(layer, q, k, v, cache):
+        kv = k.joined(0), v.joined(0)
         cache = KV(*(whole.at[layer, start:].set(own) for whole, own in zip(cache, kv, strict=True)))
-        return attend(q, KV(cache.k[layer], cache.v[layer]), kv_end), cache
+        return q.split(attend(q.joined(0), KV(cache.k[layer], cache.v[layer]), kv_end), 0), cache
 
     cache = KV(*(jnp.pad(whole, ((0, 0), (0, len(rope)), (0, 0), (0, 0))) for whole in past))
     out, cache = trunk(x, rope, attention, cache)

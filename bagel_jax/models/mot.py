@@ -33,14 +33,24 @@ from bagel_jax.models.layers import (
 
 
 class Block(NamedTuple):
-    """Hidden states of tokens, kept apart by expert: `und` `[..., T, D]`, and `gen` `[..., N, D]` if there are latents.
+    """What tokens have, kept apart by expert: hidden states `und` `[..., T, D]`, and `gen` `[..., N, D]` if there are
+    latents, or their queries, keys and values `[..., T or N, heads, E]`.
 
     Attention does not mind in which order its keys stand, so the tokens of `und` come first whatever their places in
     their sequences are; masks and RoPE positions know those.
     """
 
-    und: jax.Array
-    gen: jax.Array | None = None
+    und: Any
+    gen: Any = None
+
+    def joined(self, axis: int) -> jax.Array:
+        """All tokens' as one array, along the axis where tokens are; the understanding expert's first."""
+        return self.und if self.gen is None else jnp.concatenate(self, axis)
+
+    def split(self, x: jax.Array, axis: int) -> Block:
+        """The inverse of `joined` for tokens as these."""
+        size = self.und.shape[axis]
+        return Block(x) if self.gen is None else Block(*jnp.split(x, [size], axis))
 
 
 def rotary(positions: jax.Array, width: int, theta: float) -> tuple[jax.Array, jax.Array]:
@@ -103,27 +113,26 @@ class Layer(nnx.Module):
         self.und = Expert(c, dtype, rngs)
         self.gen = Expert(c, dtype, rngs)
 
-    def qkv(self, x: Block, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, KV]:
-        """Queries `[..., T + N, H, E]`, keys and values of tokens, those of `und` before those of `gen`."""
-        size = x.und.shape[-2]
-        parts = [self.und.qkv(x.und, cos[..., :size, :], sin[..., :size, :])]
-        if x.gen is not None:
-            parts.append(self.gen.qkv(x.gen, cos[..., size:, :], sin[..., size:, :]))
-        q, k, v = (jnp.concatenate(both, axis=-3) for both in zip(*parts, strict=True))
-        return q, KV(k, v)
+    def qkv(self, x: Block, turn: Block) -> tuple[Block, Block, Block]:
+        """Queries, keys and values of tokens; `turn` has `rotary` of their positions."""
+        und = self.und.qkv(x.und, *turn.und)
+        if x.gen is None:
+            q, k, v = map(Block, und)
+        else:
+            q, k, v = map(Block, und, self.gen.qkv(x.gen, *turn.gen))
+        return q, k, v
 
-    def finish(self, x: Block, attended: jax.Array) -> Block:
-        """The layer's output, of its input and the attention's output `[..., T + N, H, E]`."""
-        size = x.und.shape[-2]
-        und = self.und.finish(x.und, attended[..., :size, :, :])
-        return Block(und, None if x.gen is None else self.gen.finish(x.gen, attended[..., size:, :, :]))
+    def finish(self, x: Block, attended: Block) -> Block:
+        """The layer's output, of its input and the attention's output `[..., T or N, H, E]`."""
+        und = self.und.finish(x.und, attended.und)
+        return Block(und, None if x.gen is None else self.gen.finish(x.gen, attended.gen))
 
-    def __call__(self, x: Block, cos, sin, attention) -> tuple[Block, Any]:
-        """One layer over tokens, those of `und` before those of `gen`; rows B may be missing.
+    def __call__(self, x: Block, turn: Block, attention) -> tuple[Block, Any]:
+        """One layer over tokens; rows B may be missing.
 
-        `attention(q, kv)` of all of them together knows who sees whom; what it returns beside its output is returned.
+        `attention(q, k, v)` knows who sees whom; what it returns beside its output, a `Block` as `q` is, is returned.
         """
-        out, extra = attention(*self.qkv(x, cos, sin))
+        out, extra = attention(*self.qkv(x, turn))
         return self.finish(x, out), extra
 
 
@@ -146,22 +155,27 @@ class MoT(nnx.Module):
         Args:
             x: embedded tokens, `und` `[..., T, D]` and `gen` `[..., N, D]` or None.
             positions: RoPE positions, `[..., T + N]`.
-            attention: `attention(layer, q, kv, cache) -> out, cache`, for the number of the layer and queries, keys and
-                values `[..., T + N, H or K, E]`: attends to what is in the cache and to what it puts there.
+            attention: `attention(layer, q, k, v, cache) -> out, cache`, for the number of the layer and queries, keys
+                and values, each a `Block`: attends to what is in the cache and to what it puts there.
             cache: a pytree that goes from layer to layer, so that it is changed in place.
             remat: see `scan_layers`.
 
         Returns:
             The hidden states behind the last layer, before the final norms, and the cache.
         """
-        cos, sin = rotary(positions, self.config.head_dim, self.config.rope_theta)
+        turn = self.turn(x, positions)
 
         def step(layer, carry, number):
             x, cache = carry
-            return layer(x, cos, sin, lambda q, kv: attention(number, q, kv, cache)), None
+            return layer(x, turn, lambda q, k, v: attention(number, q, k, v, cache)), None
 
         numbers = jnp.arange(self.config.num_layers)
         return scan_layers(self.layers, step, (x, cache), numbers, remat=remat)[0]
+
+    def turn(self, x: Block, positions: jax.Array) -> Block:
+        """`rotary` of the positions `[..., T + N]` of tokens, of either expert's."""
+        width, theta = self.config.head_dim, self.config.rope_theta
+        return Block(*(p if p is None else rotary(p[..., 0], width, theta) for p in x.split(positions[..., None], -2)))
 
     def normed(self, x: Block) -> Block:
         """Hidden states through the final norms."""
@@ -180,8 +194,9 @@ class MoT(nnx.Module):
             The normed hidden states.
         """
 
-        def attention(_, q, kv, cache):
-            return jax.vmap(attend_packed)(q, kv, mask), cache
+        def attention(_, q, k, v, cache):
+            kv = KV(k.joined(1), v.joined(1))
+            return q.split(jax.vmap(attend_packed)(q.joined(1), kv, mask), 1), cache
 
         return self.normed(self(x, positions, attention, remat=remat)[0])
 

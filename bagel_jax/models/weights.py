@@ -87,7 +87,7 @@ class Weights:
         """These, or where that is faster the same with the trunk's layers apart, which frees the arrays here."""
         if not self.better_unrolled:
             return self
-        unstack = _copied if self.device.platform == "cpu" else _unstack
+        unstack = _viewed if self.device.platform == "cpu" else _unstack
         apart = []
         for path, variable in nnx.to_flat_state(self.params):
             if path[:2] != _LAYERS:
@@ -131,16 +131,16 @@ def _sliced(x):
     return [x[i] for i in range(x.shape[0])]
 
 
-def _copied(x: jax.Array) -> list[jax.Array]:
-    """`_unstack` where the host can read the array, without compiling for each shape."""
+def _viewed(x: jax.Array) -> list[jax.Array]:
+    """`_unstack` without compiling for each shape, and without a copy: a layer is a view of the array's own memory.
+
+    Which stays until the last view is gone, also when the array is deleted. (A layer that does not begin at a multiple
+    of 64 bytes is copied.)
+    """
     sharding = _of_layer(x.sharding)
     parts = [(shard.device, np.asarray(shard.data)) for shard in x.addressable_shards]
-    layers = []
-    for i in range(x.shape[0]):
-        # Waited for, or the host's copies of all layers would be there at once.
-        layer = jax.block_until_ready([jax.device_put(part[i].copy(), device) for device, part in parts])
-        layers.append(jax.make_array_from_single_device_arrays(x.shape[1:], sharding, layer))
-    return layers
+    layers = [[jax.device_put(part[i], device) for device, part in parts] for i in range(x.shape[0])]
+    return [jax.make_array_from_single_device_arrays(x.shape[1:], sharding, layer) for layer in layers]
 
 
 def _of_layer(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding:

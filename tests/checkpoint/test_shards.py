@@ -178,7 +178,7 @@ def test_memory_of_the_host(large, form):
     assert result["peak"] - result["shards"] < 2e9
     assert result["wrong"] == []
     assert result["apart"] == result["shards"]
-    assert result["peak apart"] - result["shards"] < 2e9
+    assert result["peak apart"] - result["peak"] < 1e8  # layers are views
 
 
 @pytest.mark.slow

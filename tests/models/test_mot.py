@@ -134,11 +134,11 @@ def test_rows_do_not_see_each_other():
     page, slot = jnp.repeat(jnp.arange(3) + 1, 5), (jnp.asarray(lengths)[:, None] + jnp.arange(5)).reshape(-1)
     table, offsets, end = jnp.asarray([[1], [2], [3]]), jnp.arange(4) * 5, jnp.repeat(jnp.asarray(lengths) + 5, 5)
 
-    def attention(layer, q, kv, pages):
-        k, v = (x.reshape(15, *x.shape[2:]) for x in kv)
+    def attention(layer, q, k, v, pages):
+        k, v = (x.joined(1).reshape(15, 2, 8) for x in (k, v))
         pages = write(pages, layer, page, slot, k, v)
-        out = paged_attention(q.reshape(15, 4, 8), pages, layer, table, offsets, end, backend="xla")
-        return out.reshape(q.shape), pages
+        out = paged_attention(q.joined(1).reshape(15, 4, 8), pages, layer, table, offsets, end, backend="xla")
+        return q.split(out.reshape(3, 5, 4, 8), 1), pages
 
     positions = jnp.repeat(jnp.asarray(ropes)[:, None], 5, axis=1)
     out, pages = jax.jit(lambda *args: trunk(*args[:2], attention, args[2]))(both, positions, pages)

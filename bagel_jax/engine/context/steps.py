@@ -108,15 +108,23 @@ def advance(
         x = Block(x.und, chunk.image) if static.latents else Block(jnp.concatenate([x.und, chunk.image]))
 
     if rope.shape[0] >= _LEAST_CUT * static.spread.parts(TOKENS):
-        x = static.spread.lay(x, TOKENS)
+        # First whole: XLA of jaxlib 0.12 cuts the parts of a concatenation too, and may abort the process where they
+        # are not cut evenly, "Could not slice dimension".
+        x = static.spread.lay(static.spread.lay(x), TOKENS)
     decoding = None if rows is None else Decoding(page_table, jnp.where(rows.done, 0, text_kv_end(rows.place)))
     prefilling = None if chunk is None else Prefilling(chunk.kv_end, chunk.offsets, chunk.page_table)
     attend = _attention(static, num_rows, rope.shape[0] - num_rows)
 
-    def attention(layer, q, kv, pages):
-        some = q[:num_rows] if rows is not None else None, q[num_rows:] if chunk is not None else None
-        outs, pages = attend(layer, some, kv, pages, page, slot, decoding, prefilling)
-        return jnp.concatenate([out for out in outs if out is not None]), pages
+    def attention(layer, q, k, v, pages):
+        k, v = static.spread.lay((k, v), None, HEADS)
+        kv = KV(k.joined(0), v.joined(0))
+        fed, block = q.und[:num_rows], Block(q.und[num_rows:], q.gen)
+        some = fed if rows is not None else None, block.joined(0) if chunk is not None else None
+        (fed, out), pages = attend(layer, some, kv, pages, page, slot, decoding, prefilling)
+        if chunk is None:
+            return Block(fed), pages
+        out = block.split(out, 0)
+        return out if rows is None else out._replace(und=jnp.concatenate([fed, out.und])), pages
 
     out, pages = model.trunk(x, rope, attention, pages)
     return (None if rows is None else model.trunk.logits(model.trunk.norm(out.und[:num_rows]))), pages

@@ -18,6 +18,7 @@ from bagel_jax.engine.kv.store import VIEWS
 from bagel_jax.layout import NUM_MARKERS, block_kv_end
 from bagel_jax.models.attention import KV
 from bagel_jax.models.bagel import BagelModel
+from bagel_jax.models.mot import Block
 from bagel_jax.models.weights import Skeleton
 from bagel_jax.pallas.paged_attention import pages as layout
 from bagel_jax.pallas.paged_attention.api import paged_blocks
@@ -85,25 +86,27 @@ def rows_hidden(
     page = jnp.take_along_axis(rows.page_table, place // size, axis=1, mode="clip")
     page = jnp.where(place < kv_end[:, None], page, 0)  # page 0 is for what is nobody's
 
-    def attention(layer, q, kv, pages):
-        # The markers apart, so that the latents are cut evenly.
-        some = q[:, :NUM_MARKERS], q[:, NUM_MARKERS:]
-        outs, pages = attend(layer, some, kv, pages, page, place % size, rows.page_table, kv_end)
-        return jnp.concatenate(outs, axis=1), pages
-
+    cut, tokens = _cut(static.spread, rows.slot.shape[0])
     attend = _attention(static, rows.slot.shape[0])
-    x = static.spread.lay(latents[slot], *_cut(static.spread, rows.slot.shape[0]))
+
+    def attention(layer, q, k, v, pages):
+        # Whole before they are joined: else XLA cuts the two markers as it does the latents.
+        k, v = static.spread.lay((k, v), cut, None, HEADS)
+        kv = KV(k.joined(1), v.joined(1))
+        return attend(layer, q, kv, pages, page, place % size, rows.page_table, kv_end)
+
+    x = static.spread.lay(latents[slot], cut, tokens)
     timestep = batch.timesteps[slot, step[slot]]
     return model.noised_hidden(x, timestep, batch.position_ids[slot], batch.markers, rows.rope, attention, pages)
 
 
-def _attend(static: DenoiseProgram, layer, q, kv: KV, pages, page, slot, page_table, kv_end):
+def _attend(static: DenoiseProgram, layer, q: Block, kv: KV, pages, page, slot, page_table, kv_end):
     """Writes the keys and values of this device's rows, and attends from the queries that it has.
 
     Args:
         static: see `DenoiseProgram`.
         layer: its number.
-        q: queries of the markers `[R, 2, H, E]` and of latents `[R, N, H, E]`.
+        q: queries of the markers `[R, 2, H, E]` and of latents `[R, N, H, E]`; apart, since the latents are cut evenly.
         kv: of all tokens of the rows, `[R, 2 + N, K, E]`.
         pages: see `pages.py`.
         page, slot: `[R, 2 + N]` int32, where they go.
@@ -112,8 +115,8 @@ def _attend(static: DenoiseProgram, layer, q, kv: KV, pages, page, slot, page_ta
     """
     flat = (x.reshape(-1, *x.shape[2:]) for x in (page, slot, kv.k, kv.v))
     pages = layout.write(pages, layer, *flat)
-    out = paged_blocks(jnp.concatenate(q, axis=1), pages, layer, page_table, kv_end, backend=static.backend)
-    return (out[:, :NUM_MARKERS], out[:, NUM_MARKERS:]), pages
+    out = paged_blocks(q.joined(1), pages, layer, page_table, kv_end, backend=static.backend)
+    return q.split(out, 1), pages
 
 
 def _cut(spread: Spread, num_rows: int) -> tuple[str | None, tuple[str, ...]]:
@@ -129,7 +132,7 @@ def _cut(spread: Spread, num_rows: int) -> tuple[str | None, tuple[str, ...]]:
 def _attention(static: DenoiseProgram, num_rows: int):
     """`_attend` with each device's own heads, rows and latents."""
     rows, latents = _cut(static.spread, num_rows)
-    q = Spec(rows, None, HEADS), Spec(rows, (*latents, SPARE), HEADS)
+    q = Block(Spec(rows, None, HEADS), Spec(rows, (*latents, SPARE), HEADS))
     by_row = Spec(rows)
     in_specs = Spec(), q, Spec(rows, None, HEADS), PAGES, by_row, by_row, by_row, by_row
     return static.spread.each(partial(_attend, static), in_specs, (q, PAGES))
