@@ -1,9 +1,9 @@
 """Run in a process of its own with devices that a CPU pretends to have: golden cases and loads on meshes of them.
 
 `python tests/meshes.py JOB` prints a line of JSON for each part of the job, as soon as it is done. A job is
-`{"golden": [[settings, [case, ...]], ...], "loads": [settings, ...], "heads": [settings, ...]}`, each part optional:
-golden cases on the small checkpoint; a random load on the toy model, whose results are compared with those of one
-device; the same of a toy model with three KV heads.
+`{"golden": [[settings, [case, ...]], ...], "loads": [settings, ...], "heads": [settings, ...], "vit": [[data, sequence,
+tensor], ...]}`, each part optional: golden cases on the small checkpoint; a random load on the toy model, whose results
+are compared with those of one device; the same of a toy model with three KV heads; one image through the ViT.
 """
 
 from __future__ import annotations
@@ -22,8 +22,11 @@ from mixed_load import empty, mixed, wait_for_threads
 from test_compilations import compilations
 
 from bagel_jax.bagel import Bagel
+from bagel_jax.checkpoint.source import ModelSource
 from bagel_jax.config import BagelConfig
+from bagel_jax.engine.context import steps
 from bagel_jax.models import weights as models
+from bagel_jax.placement.placement import Placement
 from bagel_jax.settings import EngineConfig
 
 models.abstract_weights = functools.cache(models.abstract_weights)  # as in conftest.py
@@ -93,6 +96,23 @@ def loads(config: BagelConfig, settings: list[dict]) -> None:
         print(json.dumps({"settings": one, "difference": difference(results, expected)}), flush=True)
 
 
+def vit(shapes: list[list[int]]) -> None:
+    """Tells of meshes which part of one device's operations each device has of an image, and another result's error."""
+    source = ModelSource.open(DATA / "tiny-bagel")
+    patches = np.random.RandomState(0).standard_normal((240, 588)).astype(np.float32)
+    found = []
+    for shape in ([1, 1, 1], *shapes):
+        place = Placement.over(jax.devices()[: np.prod(shape)], source.config.trunk.num_kv_heads, *shape)
+        weights = source.load(np.float32, sharding=place.parameter)
+        image = place.put((patches, np.arange(240, dtype=np.int32), np.int32(230)))
+        program = steps.embed_vit.lower(weights.skeleton, weights.arrays, *image, place.spread).compile()
+        out = np.asarray(steps.embed_vit(weights.skeleton, weights.arrays, *image, place.spread))[:230]
+        found.append((program.cost_analysis()["flops"], out))
+        if len(found) > 1:
+            share, error = found[-1][0] / found[0][0], relative_error(out, found[0][1])
+            print(json.dumps({"shape": shape, "share": share, "error": error}), flush=True)
+
+
 def main(job: dict) -> None:
     """Does a job."""
     for settings, names in job.get("golden", ()):
@@ -100,6 +120,8 @@ def main(job: dict) -> None:
         jax.clear_caches()
     if "loads" in job:
         loads(small.CONFIG, job["loads"])
+    if "vit" in job:
+        vit(job["vit"])
     if "heads" in job:
         trunk = dataclasses.replace(small.CONFIG.trunk, num_heads=6, num_kv_heads=3)
         loads(dataclasses.replace(small.CONFIG, trunk=trunk), job["heads"])

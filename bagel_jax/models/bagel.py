@@ -14,6 +14,7 @@ from flax import nnx
 
 from bagel_jax.config import BagelConfig
 from bagel_jax.layout import NUM_MARKERS
+from bagel_jax.models.attention import attend
 from bagel_jax.models.autoencoder import AutoEncoder
 from bagel_jax.models.layers import ACTIVATIONS, linear, stack
 from bagel_jax.models.mot import Block, MoT
@@ -67,9 +68,9 @@ class BagelModel(nnx.Module):
         self.latent_out = linear(width, c.latent_dim, dtype, rngs)
         self.autoencoder = AutoEncoder(c.autoencoder, dtype, rngs)
 
-    def embed_vit(self, patches: jax.Array, position_ids: jax.Array, length: jax.Array) -> jax.Array:
+    def embed_vit(self, patches: jax.Array, position_ids: jax.Array, length: jax.Array, attention=attend) -> jax.Array:
         """One image's patches (see `SigLIP.__call__`) -> trunk inputs `[T, D]`."""
-        return self.connector(self.vit(patches, position_ids, length)) + self.vit_positions(position_ids)
+        return self.connector(self.vit(patches, position_ids, length, attention)) + self.vit_positions(position_ids)
 
     def embed_latents(self, latents: jax.Array, timestep: jax.Array, position_ids: jax.Array) -> jax.Array:
         """Latent tokens `[B, N, C p²]` at `timestep` (0: clean), with rows of the position table -> `[B, N, D]`.

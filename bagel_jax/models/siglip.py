@@ -48,19 +48,20 @@ class SigLIP(nnx.Module):
         self.layers = stack(partial(VitLayer, c, dtype), c.num_layers, rngs)
         self.post_norm = layer_norm(c.hidden_size, c.norm_eps, dtype, rngs)
 
-    def __call__(self, patches: jax.Array, position_ids: jax.Array, length: jax.Array) -> jax.Array:
+    def __call__(self, patches: jax.Array, position_ids: jax.Array, length: jax.Array, attention=attend) -> jax.Array:
         """One image through the ViT.
 
         Args:
             patches: `[T, patch * patch * channels]`, each patch flattened (row, column, channel), in [-1, 1].
             position_ids: `[T]` int32, rows of the position table.
             length: how many of the T are real, a scalar; the rest is padding that no real patch sees.
+            attention: `attend`, or what gives the same.
 
         Returns:
             `[T, width]`.
         """
         kv_end = jnp.full((patches.shape[0],), length, jnp.int32)
-        return self._run(patches, position_ids, lambda q, kv: attend(q, kv, kv_end))
+        return self._run(patches, position_ids, lambda q, kv: attention(q, kv, kv_end))
 
     def packed(
         self, patches: jax.Array, position_ids: jax.Array, mask: PackedMask, *, remat: bool = False

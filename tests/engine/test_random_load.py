@@ -13,11 +13,11 @@ from bagel_jax.bagel import Bagel
 from bagel_jax.request import Request
 from bagel_jax.settings import EngineConfig
 
-SIDES = (64, 128, 256, 512)
+SIDES = (64, 128, 256)
 
 
 def random_request(i: int, random: np.random.RandomState) -> Request:
-    """A request of any modality, 64 to 512 pixels a side, 2 to 20 steps (an edit 3 at most), its own settings."""
+    """A request of any modality, 64 to 256 pixels a side, 2 to 20 steps (an edit 3 at most), its own settings."""
     modality = ("text2img", "img2img", "img2text", "text2img", "text2text")[random.randint(5)]
     options = {"seed": int(random.randint(1000)), "request_id": str(i)}
     height, width = (int(side) for side in random.choice(SIDES, 2))
@@ -50,7 +50,7 @@ def random_request(i: int, random: np.random.RandomState) -> Request:
 def test_random_load(tiny_dir):
     """REGRESSIONS 1, 3, 13, 25, 32, 34: metadata crosses, or a result depends on who else is there."""
     random = np.random.RandomState(0)
-    requests = [random_request(i, random) for i in range(64)]
+    requests = [random_request(i, random) for i in range(24)]
     model = Bagel.load(tiny_dir, settings=EngineConfig(num_pages=400, ar_max_num_seqs=8, dit_max_num_seqs=3))
     handles, finished = [], []
     for request in requests:

@@ -16,13 +16,14 @@ import jax.numpy as jnp
 
 from bagel_jax.engine.convolutions import convolution_program
 from bagel_jax.layout import Position, text_kv_end
-from bagel_jax.models.attention import KV
+from bagel_jax.models.attention import KV, attend
 from bagel_jax.models.bagel import BagelModel
 from bagel_jax.models.mot import Block
 from bagel_jax.models.weights import Skeleton
 from bagel_jax.pallas.paged_attention import pages as layout
 from bagel_jax.pallas.paged_attention.api import paged_attention, paged_decode
 from bagel_jax.placement.spread import (
+    AXES,
     DATA,
     HEADS,
     IMAGE_ROWS,
@@ -113,14 +114,14 @@ def advance(
         x = static.spread.lay(static.spread.lay(x), TOKENS)
     decoding = None if rows is None else Decoding(page_table, jnp.where(rows.done, 0, text_kv_end(rows.place)))
     prefilling = None if chunk is None else Prefilling(chunk.kv_end, chunk.offsets, chunk.page_table)
-    attend = _attention(static, num_rows, rope.shape[0] - num_rows)
+    attended = _attention(static, num_rows, rope.shape[0] - num_rows)
 
     def attention(layer, q, k, v, pages):
         k, v = static.spread.lay((k, v), None, HEADS)
         kv = KV(k.joined(0), v.joined(0))
         fed, block = q.und[:num_rows], Block(q.und[num_rows:], q.gen)
         some = fed if rows is not None else None, block.joined(0) if chunk is not None else None
-        (fed, out), pages = attend(layer, some, kv, pages, page, slot, decoding, prefilling)
+        (fed, out), pages = attended(layer, some, kv, pages, page, slot, decoding, prefilling)
         if chunk is None:
             return Block(fed), pages
         out = block.split(out, 0)
@@ -235,8 +236,15 @@ def embed_vit(skeleton, arrays, patches, position_ids, length, spread: Spread = 
     """An image's patches `[N, patch patch 3]` -> trunk inputs `[N, D]`; `length` of the N are real.
 
     Compiled for each padded N, of which the published model has 34 up to its 4,900 patches.
+    Patches are cut by what cuts a step's tokens, and the queries of attention by all of the mesh: the ViT's heads, of
+    another number than the trunk's, are not.
     """
-    return spread.lay(skeleton.merge(arrays).embed_vit(patches, position_ids, length))
+    count = patches.shape[0]
+    more = spread.padded(count, AXES) - count
+    patches, position_ids = jnp.pad(patches, ((0, more), (0, 0))), jnp.pad(position_ids, (0, more))
+    attention = spread.each(attend, (Spec(AXES), Spec(), Spec(AXES)), Spec(AXES))
+    model = skeleton.merge(arrays)
+    return spread.lay(model.embed_vit(spread.lay(patches, TOKENS), position_ids, length, attention)[:count])
 
 
 @convolution_program("skeleton", "room", "spread")

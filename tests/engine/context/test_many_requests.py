@@ -113,8 +113,8 @@ def test_regressions_1_7_32_few_requests(settings):
 
 @pytest.mark.slow
 def test_regressions_1_7_32_many_requests():
-    """The same, at length: 200 requests of up to 3,000 tokens a text through a pool too small for all."""
-    together = check(200, 3000, seed=1, num_pages=200, ar_max_num_seqs=16, max_num_batched_tokens=1024)
+    """The same, at length: 60 requests of up to 2,000 tokens a text through a pool too small for all."""
+    together = check(60, 2000, seed=1, num_pages=120, ar_max_num_seqs=16, max_num_batched_tokens=1024)
     assert any(event.preempted for event in together.values())
     assert sum(event.result.cached_prefix_tokens for event in together.values()) > 0
 
