@@ -4,7 +4,7 @@ They are drawn on the host with NumPy's RandomState, whose streams are frozen fo
 mesh, no version of jax, and on nothing else that is drawn. There are two ways to draw them, `options.NoiseSource`:
 
 - `official`: the numbers of the official `app.py` for a seed, see `official`.
-- `numpy`: every draw from a stream of its own, see `separate`; the only way until version 0.2.
+- `numpy`: every draw from a stream of its own, see `separate`.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ def official(
     """What the official `app.py` draws after `set_seed(seed)`; arguments as of `draw`.
 
     A seed is one stream, of which the posterior samples take the first numbers, image after image, and the initial
-    latent the next. That is all that the app takes from it: tokens are sampled on the GPU, by its generator. The
-    autoencoder stays on the CPU there. The official evaluation scripts, and other engines, have it on the GPU, whose
-    posterior samples depend on the kind of GPU and are not given here; neither is then the latent of an edit, the first
-    draw of its seed there. Images with seeds of their own, which the app has not, take the first numbers of theirs.
+    latent the next. The app takes nothing else from it: tokens are sampled on the GPU, by its generator, while the
+    autoencoder stays on the CPU. The official evaluation scripts, and other engines, have the autoencoder on the GPU:
+    an edit's latent is the first draw of its seed then, and its posterior samples depend on the kind of GPU. These are
+    not given here. Images with seeds of their own, which the app has not, take the first numbers of theirs.
 
     Source: official `app.py` (`load_ae`, `set_seed`), `modeling/autoencoder.py` (`DiagonalGaussian`) and
     `modeling/bagel/bagel.py` (`prepare_vae_latent`).
@@ -82,7 +82,7 @@ class TorchNormal:
 
     Both sides step the same Mersenne Twister. Its numbers are made normal as PyTorch's kernels for AVX2 do it, but in
     float64 where the result does not show it: within 5e-7 of these kernels, and the same on every machine. (PyTorch
-    without AVX2 is 2.4e-6 from itself with it.)
+    without AVX2 is up to 2.4e-6 away from that.)
 
     Source: PyTorch's `aten/src/ATen/native/cpu/DistributionTemplates.h` (`normal_fill_AVX2`) and
     `aten/src/ATen/core/DistributionsHelper.h` (`normal_distribution`).

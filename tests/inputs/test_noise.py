@@ -106,8 +106,19 @@ def test_images_with_seeds_of_their_own():
 def test_the_default_is_the_official_apps():
     """Seeds mean something else for whoever gives no option."""
     assert {settings.noise for settings in DEFAULTS.values()} == {"official"}
-    request = prepared("img2img", "a", random_image(), seed=9)
-    (sample,), latent = noise.draw("official", 9, (64, CONFIG.latent_dim), [9], [request.posterior_noise[0].shape])
+    usual, named = (prepared("img2img", "a", random_image(), **options) for options in ({}, {"noise": "official"}))
+    assert np.array_equal(usual.initial_latent, named.initial_latent)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_requests_say_which_noise(source):
+    """The setting is checked, printed and not obeyed."""
+    request = prepared("img2img", "a", random_image(), seed=9, noise=source)
+    (sample,), latent = noise.draw(source, 9, (64, CONFIG.latent_dim), [9], [request.posterior_noise[0].shape])
+    assert np.array_equal(request.posterior_noise[0], sample)
+    assert np.array_equal(request.initial_latent, latent)
+    request = prepared("img2img", "a", random_image(), seed=9, noise=source, image_seeds=[5])
+    (sample,), latent = noise.draw(source, 9, (64, CONFIG.latent_dim), [5], [request.posterior_noise[0].shape])
     assert np.array_equal(request.posterior_noise[0], sample)
     assert np.array_equal(request.initial_latent, latent)
 
