@@ -46,9 +46,9 @@ def official(
 
     A seed is one stream, of which the posterior samples take the first numbers, image after image, and the initial
     latent the next. The app takes nothing else from it: tokens are sampled on the GPU, by its generator, while the
-    autoencoder stays on the CPU. The official evaluation scripts, and other engines, have the autoencoder on the GPU:
-    an edit's latent is the first draw of its seed then, and its posterior samples depend on the kind of GPU. These are
-    not given here. Images with seeds of their own, which the app has not, take the first numbers of theirs.
+    autoencoder stays on the CPU. Where that is on the GPU too, as in the official evaluation scripts, an edit's latent
+    is the first draw of its seed, and its posterior samples depend on the kind of GPU; neither is given here. Images
+    with seeds of their own, which the app has not, take the first numbers of theirs.
 
     Source: official `app.py` (`load_ae`, `set_seed`), `modeling/autoencoder.py` (`DiagonalGaussian`) and
     `modeling/bagel/bagel.py` (`prepare_vae_latent`).
