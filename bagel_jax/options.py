@@ -22,6 +22,7 @@ Modality = Literal["text2img", "img2img", "img2text", "text2text"]
 MODALITIES = get_args(Modality)
 RenormType = Literal["global", "channel", "text_channel"]
 RENORM_TYPES = get_args(RenormType)
+NoiseSource = Literal["official", "numpy"]
 MAX_STEPS = 1000
 MAX_TOKENS = 32768  # as far as the published trunk has positions
 MAX_SEED = 2**32 - 1
@@ -88,6 +89,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         _image("{global,channel,text_channel}", "over what guidance is scaled back", img2img="text_channel"),
     ] = "global"
     cfg_renorm_min: Annotated[float, _image("X", "least factor of the renormalisation", ge=0, le=1)] = 0.0
+    noise: Annotated[
+        NoiseSource,
+        _image("{official,numpy}", "official: a seed draws as in the official app; numpy: from streams of our own"),
+    ] = "official"
     taylorseer: Annotated[bool, _image(None, "forecast most steps instead of computing them: faster, other images")] = (
         False
     )

@@ -27,6 +27,7 @@ from bagel_jax.options import (
     NEEDS,
     RENORM_TYPES,
     Modality,
+    NoiseSource,
     RequestForm,
     Seed,
     Settings,
@@ -44,6 +45,7 @@ __all__ = [
     "MODALITIES",
     "RENORM_TYPES",
     "ImageFile",
+    "NoiseSource",
     "Request",
     "Result",
     "Settings",
@@ -84,7 +86,7 @@ class Request:
         modality: one of `MODALITIES`.
         inputs: prompts (str) and images (PIL, or files of them), interleaved in any order, as the model is to see them.
         settings: see `Settings`; `Request.create` fills in the modality's defaults.
-        seed: all randomness of the request comes from it.
+        seed: all randomness of the request comes from it; `settings.noise` says which numbers it means.
         think: let the model plan in words first.
         negative_prompt: text for the guidance context that otherwise holds no last prompt.
         image_seeds: seeds of the posterior samples of the input images of an edit, one each; None: `seed` for all.
@@ -178,6 +180,8 @@ class Request:
         notes += _without_effect(modality, given, think)
         if init_noise is not None and not modality.endswith("img"):
             notes.append(f"init_noise has no effect on {modality}")
+        if init_noise is not None and "noise" in given:
+            notes.append("noise has no effect beside init_noise")
         if negative_prompt and not modality.endswith("img"):
             notes.append(f"negative_prompt has no effect on {modality}")
         return cls(

@@ -10,7 +10,10 @@ A job is a json object on a line, its answer another one; a line `{"ready": true
     modality         text2img, img2img, img2text or text2text
     prompt, image    text, and the path of an image
     height, width    of a text2img
-    seed             of the noise, numpy.random.RandomState(seed).standard_normal in the order in which it is needed;
+    seed             of the noise (0)
+    noise            official: PyTorch's own after torch.manual_seed(seed), as in the official app, which has the
+                     autoencoder on the CPU too (the default; with do_sample, tokens are drawn from it here, and not
+                     there); numpy: RandomState(seed).standard_normal in the order in which it is needed
     init_noise       or instead what --init-noise of bagel_jax.run takes
     output, latents  where to write the image, and the last latents (npy)
 
@@ -36,7 +39,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 FILES = "ema.safetensors ae.safetensors config.json llm_config.json vit_config.json vocab.json merges.txt"
-FIELDS = ("modality", "prompt", "image", "height", "width", "seed", "init_noise", "output", "latents")
+FIELDS = ("modality", "prompt", "image", "height", "width", "seed", "noise", "init_noise", "output", "latents")
 SETTINGS = (  # max_think_token_n is also the most tokens of an answer
     *("num_timesteps", "timestep_shift", "cfg_text_scale", "cfg_img_scale", "cfg_interval", "cfg_renorm_type"),
     *("cfg_renorm_min", "enable_taylorseer", "think", "max_think_token_n", "do_sample", "text_temperature"),
@@ -53,14 +56,17 @@ class BadInput(ValueError):
 
 
 class Noise:
-    """Takes the place of PyTorch's random numbers."""
+    """Takes the place of PyTorch's random numbers, or hands them on."""
 
     def __init__(self):
-        self.reset(0, None)
+        self.reset(0, "official", None)
 
-    def reset(self, seed: int, path: str | None) -> None:
+    def reset(self, seed: int, source: str, path: str | None) -> None:
         """Before a job."""
-        self.given, self.generator = None, np.random.RandomState(seed)
+        if source not in ("official", "numpy"):
+            raise BadInput(f"noise is {source!r}; it must be official or numpy")
+        torch.manual_seed(seed)
+        self.given, self.generator = None, np.random.RandomState(seed) if source == "numpy" else None
         if path is not None:
             arrays = read(lambda: dict(np.load(path)), f"init_noise {path}")
             images = [arrays[f"vae_{i}"] for i in range(len(arrays)) if f"vae_{i}" in arrays]
@@ -68,12 +74,23 @@ class Noise:
 
     def randn(self, *shape: int) -> torch.Tensor:
         """The next draw."""
+        if self.own:
+            return torch.randn(*shape)
         if self.given is None:
             return torch.from_numpy(self.generator.standard_normal(shape).astype(np.float32))
         there = self.given.pop(0) if self.given else np.zeros(0)
         if there.shape != shape:
             raise BadInput(f"init_noise has an array of shape {list(there.shape)} where {list(shape)} is needed")
         return torch.from_numpy(there.astype(np.float32))
+
+    def randn_like(self, x: torch.Tensor) -> torch.Tensor:
+        """The next draw."""
+        return torch.randn_like(x) if self.own else self.randn(*x.shape)
+
+    @property
+    def own(self) -> bool:
+        """Whether PyTorch draws."""
+        return self.given is None and self.generator is None
 
 
 def torch_with(**changes: Any) -> ModuleType:
@@ -102,7 +119,7 @@ class Official:
         inferencer.torch = torch_with(autocast=lambda **_: nullcontext())
         modeling.bagel.bagel.torch = torch_with(randn=self.noise.randn)
         modeling.bagel.bagel.tqdm = lambda steps, **_: steps
-        modeling.autoencoder.torch = torch_with(randn_like=lambda x: self.noise.randn(*x.shape))
+        modeling.autoencoder.torch = torch_with(randn_like=self.noise.randn_like)
 
         vae, vae_params = self._autoencoder(folder)
         self.model = self._model(folder, vae_params)
@@ -178,7 +195,7 @@ class Official:
         if modality == "text2img":
             settings["image_shapes"] = job.get("height", 1024), job.get("width", 1024)
         image = None if path is None else read(lambda: Image.open(path).copy(), f"image {path}")
-        self.noise.reset(job.get("seed", 0), job.get("init_noise"))
+        self.noise.reset(job.get("seed", 0), job.get("noise", "official"), job.get("init_noise"))
         trunk = self.model.language_model.model
         for module in (trunk, *trunk.layers):
             module.enable_taylorseer = False  # left on by a job before, it would guess the next one's context

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import DATA
 from denoising import Denoising
 from dense import view_of
 from golden import GENERATION, UNDERSTANDING, Case, relative_error
@@ -18,6 +22,7 @@ from bagel_jax.engine.context.stage import ContextStage
 from bagel_jax.engine.kv.store import make_stores
 from bagel_jax.inputs.prepare import vit_positions
 from bagel_jax.layout import KVPrefix, Position, Text
+from bagel_jax.request import Request
 from bagel_jax.settings import EngineConfig
 
 TOLERANCE = 1e-4
@@ -238,3 +243,28 @@ def test_batch_mates(tiny, cases_dir, settings):
                     assert relative_error(ours, theirs) < 1e-5
         if "ctx_main_k" in case.arrays:
             assert relative_error(view_of(context).k, case.arrays["ctx_main_k"]) < TOLERANCE
+
+
+def seeded() -> dict[str, dict[str, Any]]:
+    """Jobs of `benchmarks/official.py` that name a seed and no noise."""
+    jobs = [json.loads(line) for line in (DATA / "seeds.jsonl").read_text().splitlines()]
+    return {Path(job.pop("latents")).stem: job for job in jobs}
+
+
+@pytest.mark.parametrize("name", seeded())
+def test_a_seed_alone_gives_the_official_image(tiny, name):
+    r"""A seed means other noise than in the official app, or its draws come in another order.
+
+    `seeds.npz` has what the official code gives with PyTorch's own noise: of the last latents that this writes, in the
+    environment of `benchmarks/official.py`, every `len(latents) // 60`-th row.
+
+        refenv/bin/python benchmarks/official.py --official official --model tests/data/tiny-bagel \
+            < tests/data/seeds.jsonl
+    """
+    ours = {"num_timesteps": "steps", "max_think_token_n": "max_think_tokens"}
+    options = {ours.get(setting, setting): value for setting, value in seeded()[name].items()}
+    if "image" in options:
+        options["image"] = DATA.parents[1] / options["image"]
+    latents = tiny.run(tiny.prepare(Request.create(**options))).latents
+    with np.load(DATA / "seeds.npz") as arrays:
+        assert relative_error(latents[:: max(1, len(latents) // 60)], arrays[name]) < TOLERANCE

@@ -37,6 +37,7 @@ GOOD = {
     "cfg_interval": ((0, 1), [0.4, 1.0], (0.5, 0.5), (0, 0), (1, 1)),
     "cfg_renorm_type": ("global", "channel", "text_channel"),
     "cfg_renorm_min": (0, 0.5, 1),
+    "noise": ("official", "numpy"),
     "max_think_tokens": (1, 32768),
     "max_tokens": (1, 32768),
     "do_sample": (True, False),
@@ -59,6 +60,7 @@ BAD = {
     "cfg_img_scale": [(-0.1, "at least 0"), (math.nan, "number"), ([2], "number")],
     "cfg_renorm_min": [(-0.01, "from 0 to 1"), (1.01, "from 0 to 1"), (math.nan, "number")],
     "cfg_renorm_type": [("local", "global, channel, text_channel"), ("Global", "one of"), (None, "one of")],
+    "noise": [("torch", "official, numpy"), (None, "one of"), (0, "one of")],
     "max_think_tokens": [(0, "from 1 to 32768"), (32769, "from 1 to 32768"), (2.5, "whole number")],
     "max_tokens": [(0, "from 1 to 32768"), (32769, "from 1 to 32768"), (False, "whole number")],
     "text_temperature": [(-1, "at least 0"), (math.inf, "number")],
@@ -156,7 +158,7 @@ def test_regression_14_renorm_types_are_those_of_the_sampler():
 def test_regression_15_defaults_are_the_official_apps():
     """Defaults drift: the same prompt makes another image here than in the official app."""
     app = {"steps": 50, "timestep_shift": 3.0, "cfg_text_scale": 4.0, "cfg_renorm_min": 0.0, "do_sample": False}
-    app |= {"top_k": 0, "top_p": 1.0}  # off: the app has none
+    app |= {"noise": "official", "top_k": 0, "top_p": 1.0}  # the last two are off: the app has none
     # Off, as in the app; the other values are those of the official `modeling/cache_utils`, but for the order, which is
     # 6 there (README: order 2 is as close).
     app |= {"taylorseer": False, "taylorseer_interval": 3, "taylorseer_order": 2, "taylorseer_first": 5}
@@ -217,6 +219,11 @@ def test_settings_without_effect_are_named():
         "taylorseer_order has no effect without taylorseer",
     )
     assert Request.create("img2img", "a", image, taylorseer=True, taylorseer_order=2).notes == ()
+    given = {"latent": np.zeros((4, 4))}
+    assert Request.create("text2img", "a", init_noise=given, noise="numpy").notes == (
+        "noise has no effect beside init_noise",
+    )
+    assert Request.create("text2img", "a", init_noise=given).notes == ()
     assert Request.create("text2text", "a", taylorseer=True).notes == ("taylorseer has no effect on text2text",)
 
 

@@ -145,18 +145,16 @@ def _size_note(request: Request, size: tuple[int, int]) -> tuple[str, ...]:
 
 def _noise(
     request: Request, image_sizes: Sequence[tuple[int, int]], size: tuple[int, int], config: BagelConfig
-) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
+) -> noise.Noise:
     """Posterior noise of each image, channels last, and the initial latent of an image of a size; all in pixels."""
     c = config.autoencoder
     shapes = [tuple(side // c.downsample for side in image) for image in image_sizes]
     num_tokens = math.prod(_latent_grid(size, config))
     if request.init_noise is None:
         seeds = request.image_seeds or [request.seed] * len(shapes)
-        posterior = tuple(
-            noise.posterior(seed, i, *shape, c.latent_channels)
-            for i, (seed, shape) in enumerate(zip(seeds, shapes, strict=True))
-        )
-        return posterior, noise.initial_latent(request.seed, num_tokens, config.latent_dim)
+        samples = [(*shape, c.latent_channels) for shape in shapes]
+        latent = num_tokens, config.latent_dim
+        return noise.draw(request.settings.noise, request.seed, latent, seeds, samples)
 
     wanted = {f"vae_{i}": (1, c.latent_channels, *shape) for i, shape in enumerate(shapes)}
     wanted["latent"] = (num_tokens, config.latent_dim)
