@@ -42,6 +42,24 @@ DATA = Path(__file__).parent / "data"
 MAPS = Path("/proc/self/maps")
 
 
+# Files of few and long tests. What begins last ends last, with the other worker idle.
+FIRST = (
+    "test_meshes.py",
+    "test_lockstep.py",
+    "test_random_load.py",
+    "test_many_requests.py",
+    "test_shards.py",
+    "test_golden.py",
+    "test_many_devices.py",
+    "test_state_machine.py",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Puts those files first; `--no-loadscope-reorder`, in pyproject.toml, leaves it at that."""
+    items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
+
+
 @pytest.fixture(autouse=True, scope="module")
 def forget_programs():
     """After a file's tests their programs may go, before there are too many; the cache on disk has them."""

@@ -31,6 +31,7 @@ from bagel_jax.settings import EngineConfig
 
 models.abstract_weights = functools.cache(models.abstract_weights)  # as in conftest.py
 DATA = Path(__file__).parent / "data"
+LOAD = 7  # requests: one of each kind, and an edit more
 
 
 def golden(settings: dict, names: list[str]) -> dict:
@@ -90,9 +91,9 @@ def difference(results: dict, expected: dict) -> float:
 
 def loads(config: BagelConfig, settings: list[dict]) -> None:
     """Tells of a random load on meshes, how far its results are from those of one device."""
-    expected = outcomes(small.new_model(config), 12)
+    expected = outcomes(small.new_model(config), LOAD)
     for one in settings:
-        results = outcomes(small.new_model(config, **one), 12)
+        results = outcomes(small.new_model(config, **one), LOAD)
         print(json.dumps({"settings": one, "difference": difference(results, expected)}), flush=True)
 
 

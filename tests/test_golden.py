@@ -218,7 +218,7 @@ def test_bfloat16_logits(tiny_bfloat16, cases_dir, name):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"page_size": 16, "num_pages": 2400, "max_num_batched_tokens": 48},
+        pytest.param({"page_size": 16, "num_pages": 2400, "max_num_batched_tokens": 48}, marks=pytest.mark.slow),
         pytest.param({"page_size": 128, "ar_max_num_seqs": 3}, marks=pytest.mark.slow),
         pytest.param({"page_size": 32, "num_pages": 340, "ar_max_num_seqs": 8}, marks=pytest.mark.slow),  # a tight pool
     ],

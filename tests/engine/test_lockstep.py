@@ -47,11 +47,11 @@ else:
     step = engine.step
     engine.step = lambda *args: (events := step(*args), listen(events))[0]
     driver = lockstep.LockstepDriver(engine)
-    requests = mixed(12)
+    requests = mixed(8)
     handles = [driver.submit(made.prepare(request)) for request in requests]
     hopeless = driver.submit(made.prepare(Request.create("text2text", "a", max_tokens=32000)))
     try:
-        hopeless.result(timeout=300)
+        hopeless.result(timeout=600)
     except InputError:
         pass
     else:
@@ -59,7 +59,7 @@ else:
     handles[5].cancel()
     for i, handle in enumerate(handles):
         if i != 5:
-            handle.result(timeout=300)
+            handle.result(timeout=600)
     driver.close()
 engine.check()
 with open(sys.argv[4], "w") as file:
@@ -88,7 +88,7 @@ def told(folder: Path, count: int, mesh: str, devices: int) -> list[dict]:
         for number in range(count)
     ]
     try:
-        outputs = [worker.communicate(timeout=300) for worker in workers]
+        outputs = [worker.communicate(timeout=900) for worker in workers]
     finally:
         for worker in workers:
             worker.kill()
@@ -100,7 +100,7 @@ def test_two_processes_do_the_same(tmp_path):
     """Hosts that decide by their own clocks dispatch different programs, and wait for each other for ever."""
     first, second = told(tmp_path, 2, "data=2", 1)
     assert first == second
-    assert len(first) >= 12
+    assert len(first) >= 8
 
 
 @pytest.mark.slow
@@ -109,8 +109,8 @@ def test_a_mesh_over_processes(tmp_path, count, mesh):
     """A load, a cancel and a hopeless request on a mesh of which each process has two devices."""
     first, *others = told(tmp_path, count, mesh, 2)
     assert all(other == first for other in others)
-    expected = {request.request_id: result for request, result in model().run_many(mixed(12))}
-    assert len(first) >= 12
+    expected = {request.request_id: result for request, result in model().run_many(mixed(8))}
+    assert len(first) >= 8
     for name, (text, latents) in first.items():
         if name not in expected:  # the hopeless one
             continue
