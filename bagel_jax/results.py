@@ -62,7 +62,7 @@ class Results:
         if self.bars is not None:
             self.bars.close()
         sorted_file = self._path.with_suffix(".tmp")  # a whole file takes the place of a whole one
-        sorted_file.write_text("".join(_line(r) for r in self._records if r is not None), encoding="utf-8")
+        sorted_file.write_text("".join(json_line(r) for r in self._records if r is not None), encoding="utf-8")
         sorted_file.replace(self._path)
 
     def say(self, message: str) -> None:
@@ -85,21 +85,12 @@ class Results:
                 np.save(self._output / f"{name}.latent.npy", result.latents)
             if not self._quiet:
                 self.say(f"wrote {self._output / record['image']}")
-        return record | {
-            "think": request.think,
-            "negative_prompt": request.negative_prompt,
-            "settings": request.applicable_settings(),
-            "seconds": {phase: round(seconds, 4) for phase, seconds in result.seconds.items()},
-            "time_to_first_token": _rounded(result.time_to_first_token),
-            "tokens_per_second": _rounded(result.tokens_per_second),
-            "cached_prefix_tokens": result.cached_prefix_tokens,
-            "notes": list(result.notes),
-        }
+        return record | told(request, result)
 
     def add(self, i: int, record: dict[str, Any]) -> None:
         """The line of request i. Answers are printed in order of requests, so one may wait for those before it."""
         self._records[i] = record
-        self._file.write(_line(record))
+        self._file.write(json_line(record))
         self._file.flush()
         while self._told < len(self._records) and (record := self._records[self._told]) is not None:
             self._told += 1
@@ -109,7 +100,22 @@ class Results:
                 _print_answer(record["text"])
 
 
-def _line(record: dict[str, Any]) -> str:
+def told(request: Request, result: Result) -> dict[str, Any]:
+    """What a record tells of a request and its result beside what came of it."""
+    return {
+        "think": request.think,
+        "negative_prompt": request.negative_prompt,
+        "settings": request.applicable_settings(),
+        "seconds": {phase: round(seconds, 4) for phase, seconds in result.seconds.items()},
+        "time_to_first_token": _rounded(result.time_to_first_token),
+        "tokens_per_second": _rounded(result.tokens_per_second),
+        "cached_prefix_tokens": result.cached_prefix_tokens,
+        "notes": list(result.notes),
+    }
+
+
+def json_line(record: dict[str, Any]) -> str:
+    """A record as a line of a file."""
     return json.dumps(record, ensure_ascii=False) + "\n"
 
 

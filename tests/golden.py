@@ -12,6 +12,8 @@ from PIL import Image
 
 from bagel_jax.request import Request
 
+DATA = Path(__file__).parent / "data"
+
 GENERATION = (
     "text2img",
     "text2img_nocfg",

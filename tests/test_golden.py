@@ -11,10 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import DATA
 from denoising import Denoising
 from dense import view_of
-from golden import GENERATION, UNDERSTANDING, Case, relative_error
+from golden import DATA, GENERATION, UNDERSTANDING, Case, relative_error
 from serving import cache_of, logits_of, prefilled, serve
 
 from bagel_jax.bagel import Bagel

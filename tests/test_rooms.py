@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "bagel_jax"
 MAY_IMPORT = {
     "__init__": {"bagel", "request", "settings", "functional"},
     "run": {"bagel", "demo", "request", "options", "results", "settings", "turns", "command", "hosts"},
+    "batch": {"bagel", "demo", "request", "options", "results", "settings", "command"},
     "turns": {"engine", "request", "options"},
     "results": {"request"},
     "aot": {

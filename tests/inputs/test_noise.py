@@ -8,7 +8,7 @@ from typing import get_args
 
 import numpy as np
 import pytest
-from conftest import DATA
+from golden import DATA
 from small import CONFIG, model, random_image
 
 from bagel_jax.inputs import noise

@@ -1,0 +1,187 @@
+"""The command line of batch jobs: `python -m bagel_jax.batch JOB --output DIR`.
+
+Start it as often as you like, on as many machines, with the same JOB and DIR: each is one more worker.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from bagel_jax import __version__
+from bagel_jax.batch.job import JobFile, identity
+from bagel_jax.batch.output import JobFolder
+from bagel_jax.batch.worker import Counts, Worker
+from bagel_jax.command import BAD_INPUT, DONE, FAILED, INTERRUPTED, Parser, add_flags, from_flags
+from bagel_jax.demo.example import MODEL
+from bagel_jax.errors import InputError
+from bagel_jax.options import MODALITIES, Settings, settings_of
+from bagel_jax.results import output_folder
+from bagel_jax.settings import EngineConfig
+
+STRICT = 3  # exit code of a job that is done, with errors in it
+_LOG_SECONDS = 30.0
+
+
+def parser() -> argparse.ArgumentParser:
+    """The options; those of a request are for lines that do not say otherwise."""
+    p = Parser(
+        prog="python -m bagel_jax.batch",
+        description="Answers a file of requests, a JSON object a line; goes on where an earlier run of it ended. "
+        "Run it several times at once, on any machines that see the same folder, to have more workers.",
+        allow_abbrev=False,
+    )
+    p.add_argument(
+        "job", metavar="JOB", help='a line a request: {"modality": "text2img", "prompt": "a red bench", "height": 512}'
+    )
+    p.add_argument("--output", required=True, metavar="DIR", help="where results go; the same for all workers")
+    p.add_argument("--model", metavar="DIR", help="a BAGEL checkpoint (default: the bundled demo model)")
+    p.add_argument("--modality", choices=MODALITIES, help="of lines that do not say theirs")
+    p.add_argument("--seed", type=int, default=0, metavar="S", help="line i uses S + i (default: %(default)s)")
+    groups = {name: p.add_argument_group(name) for name in ("images", "text", "serving")}
+    add_flags(groups, Settings, defaults=False)
+    groups["images"].add_argument("--negative-prompt", metavar="P", help="what guidance leads away from")
+    groups["text"].add_argument("--think", action="store_true", help="let the model plan in words first")
+    add_flags(groups, EngineConfig, defaults=True)
+    g = p.add_argument_group("job")
+    g.add_argument("--shard-size", type=int, default=1000, metavar="N", help="lines a part of the output (%(default)s)")
+    g.add_argument("--strict", action="store_true", help=f"exit with {STRICT} if the job is done but lines failed")
+    g.add_argument(
+        "--grace", type=float, default=20, metavar="S", help="seconds from SIGTERM or SIGINT to the end (%(default)s)"
+    )
+    g.add_argument(
+        "--dead-after",
+        type=float,
+        default=30,
+        metavar="S",
+        help="seconds without a sign of life after which another worker is taken for dead (%(default)s)",
+    )
+    g.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="auto: float32 on a CPU")
+    g.add_argument(
+        "--progress", default="auto", choices=("auto", "bar", "log", "none"), help="auto: a bar in a terminal"
+    )
+    g.add_argument("--version", action="version", version=f"bagel_jax {__version__}")
+    return p
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit code."""
+    args = parser().parse_args(argv)
+    try:
+        return _run(args)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:  # while the model is loaded
+        return INTERRUPTED
+    except OSError as error:
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        print(f"error: {what}; what was finished is in {args.output}, run the same command again", file=sys.stderr)
+        return FAILED
+
+
+def _run(args: argparse.Namespace) -> int:
+    for name, least in (("shard_size", 1), ("grace", 0), ("dead_after", 5)):
+        if not getattr(args, name) >= least:
+            raise InputError(f"{name} is {getattr(args, name)}; it must be a number, at least {least}")
+    config = from_flags(args, EngineConfig)
+    Settings(**settings_of(args))  # checked here, once, instead of on every line
+    usual = _usual(args)
+    job = JobFile(Path(args.job))
+    model_folder = Path(args.model or MODEL)
+    output = output_folder(args.output)
+
+    from bagel_jax.bagel import Bagel  # late: brings jax, and bad arguments are found without it
+
+    model = Bagel.open(model_folder, args.dtype, config)
+    folder = JobFolder(output, identity(job, model_folder, usual, args.seed, args.shard_size, __version__))
+    started = time.perf_counter()
+    progress = _Progress(args.progress)
+    worker = Worker(job, folder, args.shard_size, usual, args.seed, dead_after=args.dead_after, tell=progress)
+    with contextlib.closing(model), contextlib.closing(progress), signals(worker, args.grace):
+        worker.run(model.run_many)
+    seconds = time.perf_counter() - started
+    summary = folder.summarize({})
+    failed = sum(summary["errors"].values())
+    kinds = "".join(f"\n  {count:,} {kind}" for kind, count in sorted(summary["errors"].items()))
+    print(
+        f"{summary['lines']:,} lines in {summary['parts']:,} parts, {failed:,} of them errors, see {folder.path}; this "
+        f"worker did {worker.counts.done:,} in {seconds:.0f} s{kinds}",
+        flush=True,
+    )
+    return STRICT if failed and args.strict else DONE
+
+
+def _usual(args: argparse.Namespace) -> dict[str, Any]:
+    """Fields for lines that do not say otherwise."""
+    usual = settings_of(args)
+    given = {"modality": args.modality, "think": args.think or None, "negative_prompt": args.negative_prompt}
+    return usual | {name: value for name, value in given.items() if value is not None}
+
+
+class _Progress:
+    """Tells how far this worker is: a bar in a terminal, a line now and then in a file."""
+
+    def __init__(self, how: str):
+        bar = how == "bar" or (how == "auto" and sys.stderr.isatty())
+        self._bar = tqdm(unit="request", file=sys.stderr) if bar else None
+        self._log = not bar and how != "none"
+        self._started = self._told = time.monotonic()
+
+    def __call__(self, counts: Counts) -> None:
+        """After a line."""
+        if self._bar is not None:
+            self._bar.update(counts.done - self._bar.n)
+            self._bar.set_postfix(errors=counts.errors, refresh=False)
+        now = time.monotonic()
+        if self._log and now - self._told > _LOG_SECONDS:
+            self._told, rate = now, counts.done / (now - self._started)
+            print(f"{counts.done:,} done, {counts.errors:,} errors, {rate:.2f} requests/s", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Ends the bar."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+@contextlib.contextmanager
+def signals(worker: Worker, grace: float) -> Iterator[None]:
+    """SIGTERM and SIGINT end the process within the grace: with what is whole published, and claims released."""
+    over, asked = threading.Event(), threading.Event()
+
+    def end(number: int) -> None:
+        if worker.stop():  # some block may still be finished
+            over.wait(grace)
+        worker.let_go()
+        os._exit(128 + number)
+
+    def on_signal(number: int, _) -> None:
+        if asked.is_set():  # once more: at once
+            os._exit(128 + number)
+        asked.set()
+        # A thread of its own: this one may be in the middle of publishing.
+        threading.Thread(target=end, args=(number,), daemon=True).start()
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        over.set()
+        if asked.is_set():
+            threading.Event().wait()  # for `end`
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""Who works on which block: files that only one can make.
+
+`claims/00007.0` claims block 7. Its worker touches it every few seconds. One that has stood still for long is a dead
+worker's: `00007.1` then claims the block anew, and so on. Whoever is slow rather than dead finds that when it is done
+and keeps its results to itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from pathlib import Path
+
+_TOUCH_SECONDS = 2.0
+
+
+class Claims:
+    """The claims of one worker.
+
+    Args:
+        folder: where the files are, for all workers of a job.
+        worker: its name.
+        dead_after: seconds that a claim of another worker may stand still, by this worker's clock.
+    """
+
+    def __init__(self, folder: Path, worker: str, dead_after: float):
+        self._folder, self._worker, self._dead_after = folder, worker, dead_after
+        self._mine: dict[int, Path] = {}
+        self._seen: dict[Path, tuple[int, float]] = {}  # others' claims: when touched, and since when known to us
+        self._lock = threading.Lock()
+        self._over = threading.Event()
+        folder.mkdir(parents=True, exist_ok=True)
+        self._thread = threading.Thread(target=self._keep_alive, name="claims", daemon=True)
+        self._thread.start()
+
+    def take(self, block: int) -> int | None:
+        """Claims a block; returns the number of the claim, above 0 where a dead worker had it, or None: another's."""
+        last = self._last(block)
+        if last is not None and not self._dead(last):
+            return None
+        number = 0 if last is None else int(last.suffix[1:]) + 1
+        path = self._folder / f"{block:05d}.{number}"
+        try:
+            with path.open("x", encoding="utf-8") as file:
+                file.write(self._worker)
+        except FileExistsError:  # another was faster
+            return None
+        with self._lock:
+            self._mine[block] = path
+        return number
+
+    def mine(self, block: int) -> bool:
+        """Whether the block is still this worker's."""
+        return self._last(block) == self._mine.get(block)
+
+    def release(self, block: int) -> None:
+        """Lets go of a block: it is done, or somebody else is to do it."""
+        with self._lock:
+            last = self._mine.pop(block, None)
+        if last is None:
+            return
+        for number in range(int(last.suffix[1:]) + 1):  # the last one at the end, or one before it would be the last
+            (self._folder / f"{block:05d}.{number}").unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Lets go of all blocks."""
+        self._over.set()
+        self._thread.join()
+        for block in list(self._mine):
+            self.release(block)
+        with contextlib.suppress(OSError):  # others have claims
+            self._folder.rmdir()
+
+    def _last(self, block: int) -> Path | None:
+        found = list(self._folder.glob(f"{block:05d}.*"))
+        return max(found, key=lambda path: int(path.suffix[1:]), default=None)
+
+    def _dead(self, claim: Path) -> bool:
+        try:
+            touched = claim.stat().st_mtime_ns
+            owner = claim.read_text(encoding="utf-8")
+        except OSError:
+            return False  # released just now
+        if _process_is_gone(owner):
+            return True
+        before, since = self._seen.get(claim, (None, 0.0))
+        if before != touched:  # clocks of machines differ, so a claim's age is counted by ours
+            self._seen[claim] = touched, time.monotonic()
+            return False
+        return time.monotonic() - since > self._dead_after
+
+    def _keep_alive(self) -> None:
+        while not self._over.wait(_TOUCH_SECONDS):
+            with self._lock:
+                mine = list(self._mine.values())
+            for path in mine:
+                with contextlib.suppress(OSError):  # it was taken over, or the disk has a bad moment
+                    os.utime(path)
+
+
+def host_name() -> str:
+    """This machine, or this container, whose processes have numbers of their own."""
+    with contextlib.suppress(OSError):
+        return f"{os.uname().nodename}.{os.stat('/proc/self/ns/pid').st_ino}"
+    return os.uname().nodename
+
+
+def worker_name() -> str:
+    """What no other worker is called: its host and process."""
+    return f"{host_name()}-{os.getpid()}-{os.urandom(3).hex()}"
+
+
+def _process_is_gone(worker: str) -> bool:
+    """Whether a worker was a process of this very machine and has ended."""
+    host, process, _ = (*worker.rsplit("-", 2), "", "")[:3]
+    if host != host_name() or not process.isdigit():
+        return False
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass
+    return False

@@ -1,0 +1,131 @@
+"""What a job is: lines of a file in blocks, how a line becomes a request, and by what one job is told from another."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bagel_jax.errors import InputError, json_object
+from bagel_jax.options import APPLICABLE, MAX_SEED
+from bagel_jax.request import Request
+
+_END_BYTES = 2**16  # of a file's beginning and end that its fingerprint holds
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of the file: its number, from 0, blank ones left out, and what stands in it."""
+
+    number: int
+    text: bytes
+
+
+@dataclass(frozen=True)
+class Block:
+    """Lines whose results appear together."""
+
+    number: int
+    lines: tuple[Line, ...]
+
+
+class JobFile:
+    """A JSONL file of requests, read as far as it is needed.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            with path.open("rb"):
+                self._size = path.stat().st_size
+        except OSError as error:
+            raise InputError(f"the job {path} cannot be read ({error.strerror}); give a file of requests") from None
+
+    def blocks(self, size: int) -> Iterator[Block]:
+        """All blocks of `size` lines in order; one is in memory."""
+        with self.path.open("rb") as file:
+            if file.read(3) != b"\xef\xbb\xbf":  # what some editors put before UTF-8
+                file.seek(0)
+            lines = itertools.starmap(Line, enumerate(line for line in file if line.strip()))
+            for number in itertools.count():
+                block = tuple(itertools.islice(lines, size))
+                if not block:
+                    return
+                yield Block(number, block)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """By what the file is known again: its length, its beginning and its end, however long it is."""
+        with self.path.open("rb") as file:
+            ends = file.read(_END_BYTES)
+            file.seek(max(0, self._size - _END_BYTES))
+            ends += file.read(_END_BYTES)
+        return {"bytes": self._size, "ends_sha256": hashlib.sha256(ends).hexdigest()}
+
+
+def read_line(
+    line: Line, base: Path, usual: Mapping[str, Any], seed: int
+) -> tuple[dict[str, Any], Request | Exception]:
+    """A line as what it says of itself, and its request, or what is wrong with it.
+
+    Args:
+        line: a `RequestForm` as JSON, with free `metadata`.
+        base: the folder that images' paths start from.
+        usual: fields for what the line does not say; settings count where they have an effect.
+        seed: that of line 0; each line has its number more.
+
+    Returns:
+        `id`, `modality`, `prompt`, `seed` and `metadata`, those that are there, and the request.
+    """
+    said: dict[str, Any] = {"id": str(line.number), "line": line.number}
+    try:
+        try:
+            text = line.text.decode().strip()
+        except UnicodeDecodeError as error:
+            raise InputError(f"line {line.number} is no text in UTF-8 ({error.reason} at byte {error.start})") from None
+        data = json_object(text, '{"modality": "text2img", "prompt": "a red bench"}')
+        if "metadata" in data:
+            said["metadata"] = data.pop("metadata")
+        if isinstance(data.get("id"), int):
+            data["id"] = str(data["id"])
+        modality = data.get("modality", usual.get("modality"))
+        settings = APPLICABLE.get(modality, ()) if isinstance(modality, str) else ()
+        known = {k: v for k, v in usual.items() if k not in _SETTINGS or k in settings}
+        data = {"id": str(line.number), "seed": (seed + line.number) % (MAX_SEED + 1), **known, **data}
+        said |= {name: data[name] for name in ("id", "modality", "prompt", "seed") if data.get(name) is not None}
+        request = Request.from_json(data, base)
+    except Exception as error:  # whatever a line holds, the others go on
+        return said, error
+    return said, request
+
+
+_SETTINGS = frozenset(itertools.chain.from_iterable(APPLICABLE.values()))
+
+
+def identity(
+    job: JobFile, model: Path, usual: Mapping[str, Any], seed: int, shard_size: int, version: str
+) -> dict[str, Any]:
+    """All that a job's results depend on, for `job.json`."""
+    return {
+        "format": 1,
+        "input": job.fingerprint(),
+        "model": fingerprint(model),
+        "settings": dict(usual) | {"seed": seed},
+        "shard_size": shard_size,
+        "version": version,
+    }
+
+
+def fingerprint(model: Path) -> dict[str, Any]:
+    """By what a model is known again: its files and their sizes, wherever it lies."""
+    files = sorted(file for file in model.rglob("*") if file.is_file())
+    named = [f"{file.relative_to(model).as_posix()} {file.stat().st_size}" for file in files]
+    return {
+        "files": len(files),
+        "sha256": hashlib.sha256("\n".join(named).encode(errors="surrogateescape")).hexdigest(),
+    }

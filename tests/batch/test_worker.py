@@ -1,0 +1,291 @@
+"""Workers on one job: every line has one record, whoever dies, and the same one."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from batch.stub import work
+from commands import process
+
+from bagel_jax.batch.__main__ import main
+from bagel_jax.batch.claims import Claims
+from bagel_jax.batch.job import JobFile, identity
+from bagel_jax.batch.output import JobFolder, Part
+from bagel_jax.errors import InputError
+
+TESTS = Path(__file__).parents[1]
+ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)])}
+STUB = Path(__file__).with_name("stub.py")
+
+
+def job(folder: Path, count: int) -> Path:
+    """A file of requests, every seventh one bad, every fifth a text."""
+    lines = []
+    for i in range(count):
+        if i % 7 == 3:
+            lines.append('{"modality": "text2text"')
+        elif i % 5 == 1:
+            lines.append(json.dumps({"modality": "text2text", "prompt": f"say {i}", "metadata": {"row": [i]}}))
+        else:
+            lines.append(json.dumps({"modality": "text2img", "prompt": f"number {i}", "id": f"picture-{i}"}))
+    path = folder / "job.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def outcome(folder: Path) -> tuple[list[dict], dict[str, bytes]]:
+    """Records without what clocks and parts say, and the bytes of images by the line's number."""
+    records, images = [], {}
+    for part in sorted(folder.glob("part-*.jsonl")):
+        for line in part.read_text().splitlines():
+            record = json.loads(line)
+            if record.get("image"):
+                images[record["line"]] = (folder / record.pop("image")).read_bytes()
+            records.append({k: v for k, v in record.items() if k not in ("seconds", "image")})
+    return records, images
+
+
+def left_over(folder: Path) -> list[str]:
+    """Files that should not be there when all is done."""
+    return [p.name for p in folder.iterdir() if "tmp" in p.name or p.name == "claims"]
+
+
+@pytest.mark.parametrize("size", [1, 7, 100])
+def test_a_record_a_line_whatever_the_size_of_parts(tmp_path, size):
+    """Parts cut a job otherwise, and results change: seeds are counted by part, or the last part is lost."""
+    path = job(tmp_path, 40)
+    work(path, tmp_path / "whole", 40)
+    work(path, tmp_path / "cut", size)
+    records, images = outcome(tmp_path / "cut")
+    assert (records, images) == outcome(tmp_path / "whole")
+    assert [record["line"] for record in records] == list(range(40))
+    assert {record["line"] for record in records if record["status"] == "error"} == {i for i in range(40) if i % 7 == 3}
+    assert records[1]["metadata"] == {"row": [1]}
+    assert records[0]["id"] == "picture-0"
+    assert records[1]["id"] == "1"
+    assert [record["seed"] for record in records if "seed" in record] == [i for i in range(40) if i % 7 != 3]
+    assert left_over(tmp_path / "cut") == []
+    summary = json.loads((tmp_path / "cut" / "summary.json").read_text())
+    assert summary == {
+        "lines": 40,
+        "ok": 34,
+        "errors": {"InputError": 6},
+        "parts": -(-40 // size),
+    }
+
+
+def test_ids_that_are_no_file_names(tmp_path):
+    """An id writes outside of the folder, or over another line's image."""
+    ids = ["../../evil", "a", "A", "a", "", ".hidden", "x" * 300, "line-2", "ö/\u0000"]
+    lines = [json.dumps({"modality": "text2img", "prompt": "a", "id": name}) for name in ids]
+    path = tmp_path / "job.jsonl"
+    path.write_text("\n".join(lines))
+    work(path, tmp_path / "out", 100)
+    records, images = outcome(tmp_path / "out")
+    assert [record["id"] for record in records] == ids
+    assert sorted(images) == list(range(len(ids)))
+    assert len(list((tmp_path / "out" / "part-00000").iterdir())) == len(ids)
+    assert {p.name for p in tmp_path.iterdir()} == {"job.jsonl", "out"}
+
+
+def test_a_finished_job_is_not_done_again(tmp_path):
+    """The same command once more computes everything anew."""
+    path = job(tmp_path, 20)
+    assert work(path, tmp_path / "out", 4).counts.blocks == 5
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.png")}
+    assert work(path, tmp_path / "out", 4).counts.done == 0
+    assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.png")}
+
+
+def killed_at_random(folder: Path, kills: int, seed: int) -> int:
+    """Kills workers of a job again and again and has others go on; returns how many blocks those made that lived."""
+    chance, workers, blocks = random.Random(seed), [], 0
+    path = folder / "job.jsonl"
+
+    def start():
+        command = [sys.executable, str(STUB), str(path), str(folder / "out"), "6"]
+        return subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    for _ in range(kills):
+        while len(workers) < chance.randint(1, 3):
+            workers.append(start())
+        time.sleep(chance.uniform(0.2, 1.2))
+        victim = workers.pop(chance.randrange(len(workers)))
+        victim.kill()
+        victim.communicate()
+    workers.append(start())
+    for worker in workers:
+        out, err = worker.communicate(timeout=120)
+        assert worker.returncode == 0, err
+        blocks += int(out)
+    return blocks
+
+
+@pytest.mark.parametrize(
+    ("count", "kills"), [(60, 4), pytest.param(600, 40, marks=pytest.mark.slow)], ids=["few", "many"]
+)
+def test_killed_workers(tmp_path, count, kills):
+    """A line has no record, or two, or half an image, after a worker was killed in the middle."""
+    path = job(tmp_path, count)
+    work(path, tmp_path / "undisturbed", 6)
+    killed_at_random(tmp_path, kills, seed=count)
+    assert outcome(tmp_path / "out") == outcome(tmp_path / "undisturbed")
+    assert left_over(tmp_path / "out") == []
+    assert not list((tmp_path / "out").rglob("*.tmp*"))
+
+
+def test_two_workers_share_the_blocks(tmp_path):
+    """Each does everything."""
+    path = job(tmp_path, 120)
+    command = [sys.executable, str(STUB), str(path), str(tmp_path / "out"), "2"]
+    workers = [subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert sum(int(worker.communicate(timeout=60)[0]) for worker in workers) == 60
+    work(path, tmp_path / "alone", 2)
+    assert outcome(tmp_path / "out") == outcome(tmp_path / "alone")
+
+
+@pytest.mark.parametrize(("signal_number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_a_worker_in_time(tmp_path, signal_number, code):
+    """A machine that is taken away leaves claims for whose end the next worker waits, and half a part."""
+    path = job(tmp_path, 60)
+    command = [sys.executable, str(STUB), str(path), str(tmp_path / "out"), "6", "0.05"]
+    with subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE) as worker:
+        until = time.monotonic() + 60
+        while not list((tmp_path / "out").glob("part-*.jsonl")):
+            assert time.monotonic() < until
+            time.sleep(0.02)
+        worker.send_signal(signal_number)
+        asked = time.monotonic()
+        assert worker.wait(timeout=30) == code
+        assert time.monotonic() - asked < 5
+    assert left_over(tmp_path / "out") == []
+    done = len(list((tmp_path / "out").glob("part-*.jsonl")))
+    assert 0 < done < 10
+    assert work(path, tmp_path / "out", 6).counts.blocks == 10 - done
+    work(path, tmp_path / "undisturbed", 6)
+    assert outcome(tmp_path / "out") == outcome(tmp_path / "undisturbed")
+
+
+def test_a_full_disk_ends_the_worker(tmp_path, monkeypatch):
+    """Every line after that is an error, and the job is called done."""
+    path = job(tmp_path, 20)
+    saved, save = [], Part.save
+
+    def full(self, i, result):
+        saved.append(i)
+        if len(saved) > 9:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return save(self, i, result)
+
+    with monkeypatch.context() as m:
+        m.setattr(Part, "save", full)
+        with pytest.raises(OSError, match="No space left"):
+            work(path, tmp_path / "out", 4)
+    assert left_over(tmp_path / "out") == []
+    assert work(path, tmp_path / "out", 4).counts.blocks < 5
+    work(path, tmp_path / "undisturbed", 4)
+    assert outcome(tmp_path / "out") == outcome(tmp_path / "undisturbed")
+
+
+def test_a_slow_worker_keeps_its_results_to_itself(tmp_path):
+    """Who was taken for dead wakes up and publishes half of what is there already."""
+    claims = Claims(tmp_path / "claims", "host-1-a", dead_after=0.0)
+    other = Claims(tmp_path / "claims", "elsewhere-2-b", dead_after=0.0)
+    assert claims.take(0) == 0
+    assert other.take(0) is None  # it was seen for the first time
+    assert claims.mine(0)
+    os.utime(tmp_path / "claims" / "00000.0")
+    assert other.take(0) is None  # it lives
+    assert other.take(0) == 1
+    assert not claims.mine(0)
+    claims.release(0)
+    assert other.mine(0)
+    other.close()
+    claims.close()
+    assert not (tmp_path / "claims").exists()
+
+
+@pytest.mark.parametrize("change", ["input", "settings", "shard_size", "model", "version"])
+def test_another_job_in_the_folder_is_refused(tmp_path, change):
+    """Parts of two jobs stand beside each other as if they were one."""
+    path = job(tmp_path, 5)
+    usual = {"input": path, "settings": {}, "shard_size": 2, "model": TESTS / "batch", "version": "1"}
+    other = tmp_path / "other.jsonl"
+    other.write_text("{}")
+    changed = {"input": other, "settings": {"steps": 4}, "shard_size": 3, "model": TESTS / "train", "version": "2"}
+
+    def open_folder(**what):
+        file = JobFile(what["input"])
+        made = identity(file, what["model"], what["settings"], 0, what["shard_size"], what["version"])
+        return JobFolder(tmp_path / "out", made)
+
+    open_folder(**usual)
+    open_folder(**usual)
+    with pytest.raises(InputError, match=rf"is of another job \({change} differs"):
+        open_folder(**usual | {change: changed[change]})
+
+
+def test_a_long_file_is_read_as_far_as_needed(tmp_path):
+    """Ten million lines are read, and kept, before the first request."""
+    path = tmp_path / "long.jsonl"
+    with path.open("wb") as file:
+        file.write(b'{"modality": "text2text", "prompt": "a"}\n' * 10)
+        file.truncate(2**40)  # a hole of a terabyte
+    made = JobFile(path)
+    assert len(next(made.blocks(5)).lines) == 5
+    assert made.fingerprint()["bytes"] == 2**40
+
+
+def run(*args) -> subprocess.CompletedProcess:
+    """The command line."""
+    return process("-m", "bagel_jax.batch", *args)
+
+
+def test_command(tmp_path):
+    """The command line as a person has it: a job, the same again, another one in its folder."""
+    path, out = tmp_path / "job.jsonl", tmp_path / "out"
+    path.write_text('{"prompt": "a"}\n\n{"prompt": "b", "metadata": 1}\n{"prompt": 5}\n')
+    args = path, "--output", out, "--modality", "text2text", "--max-tokens", 3, "--shard-size", 2
+    done = run(*args)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"3 lines in 2 parts, 1 of them errors, see {out}; this worker did 3 in ")
+    records = [json.loads(line) for part in sorted(out.glob("*.jsonl")) for line in part.read_text().splitlines()]
+    assert [record["status"] for record in records] == ["ok", "ok", "error"]
+    assert all(record["settings"]["max_tokens"] == 3 for record in records[:2])
+    assert records[2]["error"] == "prompt is 5; it must be a text"
+    again = run(*args, "--strict")
+    assert again.returncode == 3
+    assert "this worker did 0" in again.stdout
+    other = run(*args, "--seed", 1)
+    assert (other.returncode, other.stdout) == (2, "")
+    assert other.stderr == (
+        f"error: --output {out} is of another job (settings differs, see job.json there); give another folder\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (
+            ["nowhere.jsonl"],
+            "the job nowhere.jsonl cannot be read (No such file or directory); give a file of requests",
+        ),
+        ([TESTS], f"the job {TESTS} cannot be read (Is a directory); give a file of requests"),
+        ([STUB, "--steps", "1"], "steps is 1; it must be a whole number, from 2 to 1000"),
+        ([STUB, "--shard-size", "0"], "shard_size is 0; it must be a number, at least 1"),
+    ],
+)
+def test_bad_input(tmp_path, args, message, capsys):
+    """It is found after a model of 29 GB was read."""
+    assert main([*map(str, args), "--output", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err == f"error: {message}\n"
+    assert not (tmp_path / "out").exists()
