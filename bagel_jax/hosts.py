@@ -7,11 +7,23 @@ a process is, and where the first one listens, is found by JAX on TPU VMs, under
 from __future__ import annotations
 
 import argparse
+import atexit
+import contextlib
+import subprocess
+import sys
 
 from bagel_jax.errors import InputError
 
 # Seconds after which a process that is not heard of counts as dead; then all others end.
 _HEARTBEAT = 30
+# JAX ends them by an abort, with a trace and no chance to say anything. This process of a few lines, which waits for
+# the end of standard input, says it for them.
+_LAST_WORDS = """
+import sys
+if not sys.stdin.buffer.read():
+    print("error: a process of this run is gone, or this one was ended by force, and none can go on without all "
+          "others; what was finished is kept, so run the same command on every host again", file=sys.stderr)
+"""
 
 
 def add_flags(group: argparse._ArgumentGroup) -> None:
@@ -108,4 +120,20 @@ def join(coordinator: str | None, num_processes: int | None = None, process_id: 
             f"--coordinator is {coordinator}, with which this process finds no others "
             f"({' '.join(str(error).split())[:300]}); give HOST:PORT of process 0, --num-processes and --process-id"
         ) from None
-    return Team(several=jax.process_count() > 1, first=jax.process_index() == 0)
+    several = jax.process_count() > 1
+    if several:
+        _leave_last_words()
+    return Team(several, first=jax.process_index() == 0)
+
+
+def _leave_last_words() -> None:
+    """Has it said if this process does not come to its end."""
+    command = [sys.executable, "-c", _LAST_WORDS]
+    # In a session of its own, or Ctrl-C would end it first.
+    watcher = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+
+    def well() -> None:
+        with contextlib.suppress(BrokenPipeError):
+            watcher.communicate(b"well")
+
+    atexit.register(well)

@@ -82,6 +82,7 @@ def test_one_command_on_two_hosts(tmp_path):
     with team(tmp_path, "--mesh", "data=2,tensor=2") as started:
         said = [one.communicate(timeout=280) for one in started]
         assert [one.returncode for one in started] == [0, 0], said
+    assert not any("is gone" in errors for _, errors in said), said
     assert not (tmp_path / "1").exists()
     alone = process(*DRAW, "--output", tmp_path / "alone")
     assert alone.returncode == 0, alone.stderr
@@ -98,3 +99,4 @@ def test_a_process_dies(tmp_path, dead):
         started[dead].kill()
         said = started[1 - dead].communicate(timeout=120)
         assert started[1 - dead].returncode != 0, said
+        assert said[1].splitlines()[-1].startswith("error: a process of this run is gone, "), said

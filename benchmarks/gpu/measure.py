@@ -1,6 +1,6 @@
 """BAGEL-7B on one GPU, with random weights: what kernels, images, texts and a load of requests take.
 
-    python benchmarks/gpu/measure.py kernels images evaluations text load [--out FILE.json]
+    python benchmarks/gpu/measure.py kernels images evaluations text load batch [--out FILE.json]
 
 Parts can be given one by one, where a call may not last as long as all of them. Seconds are medians over runs after a
 first one that compiles.
@@ -12,7 +12,9 @@ import argparse
 import json
 import platform
 import sys
+import tempfile
 import time
+from pathlib import Path
 from statistics import median
 
 import jax
@@ -21,6 +23,9 @@ from model import ROOT, random_bagel
 from PIL import Image
 from profiling import profile
 
+from bagel_jax.batch.job import JobFile
+from bagel_jax.batch.output import JobFolder
+from bagel_jax.batch.worker import Worker
 from bagel_jax.request import Request
 
 sys.path.append(str(ROOT / "benchmarks"))
@@ -186,9 +191,35 @@ def load(model, args) -> dict:
     return results
 
 
+def batch(model, args) -> dict:
+    """A batch job of text2img 512², 20 steps, against the same requests without one, alternately."""
+    count, spent = 32, {"engine": [], "batch job": []}
+    fields = {"modality": "text2img", "height": 512, "width": 512, "steps": 20}
+    for turn in range(2 * args.runs + 2):
+        lines = [{**fields, "prompt": f"{PROMPT} {turn} {i}", "seed": i} for i in range(count)]
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "job.jsonl"
+            path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            started = time.perf_counter()
+            if turn % 2:
+                output = JobFolder(Path(folder) / "out", {"job": turn})
+                Worker(JobFile(path), output, 8, {}).run(model.run_many)
+            else:
+                for _, result in model.run_many(Request.from_json(line, Path(folder)) for line in lines):
+                    if isinstance(result, Exception):
+                        raise result
+            seconds = time.perf_counter() - started
+        if turn > 1:  # the first ones compile
+            spent[("engine", "batch job")[turn % 2]].append(seconds)
+    rates = {name: count / median(seconds) for name, seconds in spent.items()}
+    print(", ".join(f"{name} {rate:.3f} requests/s" for name, rate in rates.items()), flush=True)
+    print(f"a batch job is {rates['batch job'] / rates['engine']:.3f} times as fast", flush=True)
+    return rates
+
+
 def main() -> None:
     """Runs the parts."""
-    parts = {"images": images, "evaluations": evaluations, "text": text, "load": load}
+    parts = {"images": images, "evaluations": evaluations, "text": text, "load": load, "batch": batch}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="+", choices=["kernels", *parts])
     parser.add_argument("--cases", nargs="+", metavar="NAME", help="only images whose names begin so")
