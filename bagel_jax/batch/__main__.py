@@ -14,12 +14,11 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
 from bagel_jax import __version__
-from bagel_jax.batch.job import JobFile, identity
+from bagel_jax.batch.job import Defaults, JobFile, identity
 from bagel_jax.batch.output import JobFolder
 from bagel_jax.batch.worker import Counts, Worker
 from bagel_jax.command import BAD_INPUT, DONE, FAILED, INTERRUPTED, Parser, add_flags, from_flags
@@ -47,7 +46,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--output", required=True, metavar="DIR", help="where results go; the same for all workers")
     p.add_argument("--model", metavar="DIR", help="a BAGEL checkpoint (default: the bundled demo model)")
     p.add_argument("--modality", choices=MODALITIES, help="of lines that do not say theirs")
-    p.add_argument("--seed", type=int, default=0, metavar="S", help="line i uses S + i (default: %(default)s)")
+    p.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="S",
+        help="line i uses S + i, or with several images S + i N (default: %(default)s)",
+    )
     groups = {name: p.add_argument_group(name) for name in ("images", "text", "serving")}
     add_flags(groups, Settings, defaults=False)
     groups["images"].add_argument("--negative-prompt", metavar="P", help="what guidance leads away from")
@@ -55,6 +60,13 @@ def parser() -> argparse.ArgumentParser:
     add_flags(groups, EngineConfig, defaults=True)
     g = p.add_argument_group("job")
     g.add_argument("--shard-size", type=int, default=1000, metavar="N", help="lines a part of the output (%(default)s)")
+    g.add_argument("--num-images", type=int, default=1, metavar="N", help="images a line, of N seeds (%(default)s)")
+    g.add_argument(
+        "--format",
+        default="files",
+        choices=("files", "webdataset"),
+        help="images as files, or with the records in a tar file a part (%(default)s)",
+    )
     g.add_argument("--strict", action="store_true", help=f"exit with {STRICT} if the job is done but lines failed")
     g.add_argument(
         "--grace", type=float, default=20, metavar="S", help="seconds from SIGTERM or SIGINT to the end (%(default)s)"
@@ -91,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    for name, least in (("shard_size", 1), ("grace", 0), ("dead_after", 5)):
+    for name, least in (("shard_size", 1), ("num_images", 1), ("grace", 0), ("dead_after", 5)):
         if not getattr(args, name) >= least:
             raise InputError(f"{name} is {getattr(args, name)}; it must be a number, at least {least}")
     config = from_flags(args, EngineConfig)
@@ -104,10 +116,11 @@ def _run(args: argparse.Namespace) -> int:
     from bagel_jax.bagel import Bagel  # late: brings jax, and bad arguments are found without it
 
     model = Bagel.open(model_folder, args.dtype, config)
-    folder = JobFolder(output, identity(job, model_folder, usual, args.seed, args.shard_size, __version__))
+    tar = args.format == "webdataset"
+    folder = JobFolder(output, identity(job, model_folder, usual, args.shard_size, __version__, tar), tar=tar)
     started = time.perf_counter()
     progress = _Progress(args.progress)
-    worker = Worker(job, folder, args.shard_size, usual, args.seed, dead_after=args.dead_after, tell=progress)
+    worker = Worker(job, folder, args.shard_size, usual, dead_after=args.dead_after, tell=progress)
     with contextlib.closing(model), contextlib.closing(progress), signals(worker, args.grace):
         worker.run(model.run_many)
     seconds = time.perf_counter() - started
@@ -122,11 +135,11 @@ def _run(args: argparse.Namespace) -> int:
     return STRICT if failed and args.strict else DONE
 
 
-def _usual(args: argparse.Namespace) -> dict[str, Any]:
-    """Fields for lines that do not say otherwise."""
-    usual = settings_of(args)
+def _usual(args: argparse.Namespace) -> Defaults:
+    """What counts for lines that do not say otherwise."""
     given = {"modality": args.modality, "think": args.think or None, "negative_prompt": args.negative_prompt}
-    return usual | {name: value for name, value in given.items() if value is not None}
+    said = settings_of(args) | {name: value for name, value in given.items() if value is not None}
+    return Defaults(said, args.seed, args.num_images)
 
 
 class _Progress:

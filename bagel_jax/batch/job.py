@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,19 +68,31 @@ class JobFile:
         return {"bytes": self._size, "ends_sha256": hashlib.sha256(ends).hexdigest()}
 
 
-def read_line(
-    line: Line, base: Path, usual: Mapping[str, Any], seed: int
-) -> tuple[dict[str, Any], Request | Exception]:
-    """A line as what it says of itself, and its request, or what is wrong with it.
+@dataclass(frozen=True)
+class Defaults:
+    """What counts for lines that do not say otherwise.
+
+    Args:
+        fields: of a `RequestForm`; settings count where they have an effect.
+        seed: of the first image of line 0; every further one has one more.
+        num_images: images a line that makes them, of as many seeds.
+    """
+
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    num_images: int = 1
+
+
+def read_line(line: Line, base: Path, usual: Defaults) -> tuple[dict[str, Any], tuple[Request, ...] | Exception]:
+    """A line as what it says of itself, and its requests, one an image or a text, or what is wrong with it.
 
     Args:
         line: a `RequestForm` as JSON, with free `metadata`.
         base: the folder that images' paths start from.
-        usual: fields for what the line does not say; settings count where they have an effect.
-        seed: that of line 0; each line has its number more.
+        usual: for what the line does not say.
 
     Returns:
-        `id`, `modality`, `prompt`, `seed` and `metadata`, those that are there, and the request.
+        `id`, `modality`, `prompt`, `seed` and `metadata`, those that are there, and the requests.
     """
     said: dict[str, Any] = {"id": str(line.number), "line": line.number}
     try:
@@ -93,29 +105,32 @@ def read_line(
             said["metadata"] = data.pop("metadata")
         if isinstance(data.get("id"), int):
             data["id"] = str(data["id"])
-        modality = data.get("modality", usual.get("modality"))
+        modality = data.get("modality", usual.fields.get("modality"))
         settings = APPLICABLE.get(modality, ()) if isinstance(modality, str) else ()
-        known = {k: v for k, v in usual.items() if k not in _SETTINGS or k in settings}
-        data = {"id": str(line.number), "seed": (seed + line.number) % (MAX_SEED + 1), **known, **data}
+        known = {k: v for k, v in usual.fields.items() if k not in _SETTINGS or k in settings}
+        seed = (usual.seed + line.number * usual.num_images) % (MAX_SEED + 1)
+        data = {"id": str(line.number), "seed": seed, **known, **data}
         said |= {name: data[name] for name in ("id", "modality", "prompt", "seed") if data.get(name) is not None}
         request = Request.from_json(data, base)
+        count = usual.num_images if request.makes_image else 1
+        return said, tuple(replace(request, seed=(request.seed + i) % (MAX_SEED + 1)) for i in range(count))
     except Exception as error:  # whatever a line holds, the others go on
         return said, error
-    return said, request
 
 
 _SETTINGS = frozenset(itertools.chain.from_iterable(APPLICABLE.values()))
 
 
 def identity(
-    job: JobFile, model: Path, usual: Mapping[str, Any], seed: int, shard_size: int, version: str
+    job: JobFile, model: Path, usual: Defaults, shard_size: int, version: str, tar: bool = False
 ) -> dict[str, Any]:
     """All that a job's results depend on, for `job.json`."""
     return {
-        "format": 1,
+        "job_format": 1,
         "input": job.fingerprint(),
         "model": fingerprint(model),
-        "settings": dict(usual) | {"seed": seed},
+        "settings": dict(usual.fields) | {"seed": usual.seed, "num_images": usual.num_images},
+        "format": "webdataset" if tar else "files",
         "shard_size": shard_size,
         "version": version,
     }

@@ -1,17 +1,19 @@
 """The folder of a job: which job it is, and the parts that are done.
 
 `job.json` says which job it is. `part-00007.jsonl` has a record a line of block 7; it appears last, whole, and says
-that the block is done. Its images are in `part-00007/`, its counts in `part-00007.stats.json`. What a worker writes
-meanwhile is in `part-00007.NUMBER.tmp/`, by the number of its claim.
+that the block is done. Its images are in `part-00007/`, or with the records in `part-00007.tar`, its counts in
+`part-00007.stats.json`. What a worker writes meanwhile is in `part-00007.NUMBER.tmp/`, by the number of its claim.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import re
 import shutil
+import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,13 +31,14 @@ class JobFolder:
     Args:
         path: the folder, which need not be there.
         job: what tells this job from others.
+        tar: whether images go into tar files.
 
     Raises:
         InputError: the folder is another job's, or cannot be written to.
     """
 
-    def __init__(self, path: Path, job: Mapping[str, Any]):
-        self.path = path
+    def __init__(self, path: Path, job: Mapping[str, Any], *, tar: bool = False):
+        self.path, self.tar = path, tar
         try:
             path.mkdir(parents=True, exist_ok=True)
             new = path / f"job.{os.getpid()}.tmp"
@@ -63,11 +66,11 @@ class JobFolder:
         """Whether a block's results are there."""
         return self._records(block).exists()
 
-    def part(self, block: int, claim: int, said: Sequence[Mapping[str, Any]]) -> Part:
+    def part(self, block: int, claim: int, files: Sequence[Sequence[str]]) -> Part:
         """Where the results of a block's lines are put meanwhile; what dead workers left of it is removed."""
         for left in self.path.glob(f"part-{block:05d}.*.tmp*"):
             shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
-        return Part(self.path, block, claim, file_names(said))
+        return Part(self.path, block, claim, files, tar=self.tar)
 
     def stats(self) -> list[dict[str, Any]]:
         """The counts of the blocks that are done."""
@@ -95,21 +98,22 @@ class Part:
     Args:
         folder: the job's.
         block, claim: their numbers.
-        files: what the image of each line is called, without its ending.
+        files: see `file_names`.
+        tar: whether images go into a tar file.
     """
 
-    def __init__(self, folder: Path, block: int, claim: int, files: Sequence[str]):
-        self._name, self._files = f"part-{block:05d}", files
+    def __init__(self, folder: Path, block: int, claim: int, files: Sequence[Sequence[str]], *, tar: bool):
+        self._name, self._files, self._tar = f"part-{block:05d}", files, tar
         self._folder, self._images = folder, folder / f"{self._name}.{claim}.tmp"
         self._images.mkdir(exist_ok=True)
 
-    def save(self, i: int, result: Result) -> dict[str, Any]:
-        """Writes the image of the block's line i; returns what a record says of it and of the text."""
+    def save(self, i: int, k: int, result: Result) -> dict[str, Any]:
+        """Writes image k of the block's line i; returns what a record says of it and of the text."""
         record: dict[str, Any] = {"text": result.text, "image": None, "size": None}
         if result.image is not None:
-            file = f"{self._files[i]}.png"
+            file = f"{self._files[i][k]}.png"
             result.image.save(self._images / file)
-            record["image"] = f"{self._name}/{file}"
+            record["image"] = f"{self._name}{'.tar' if self._tar else ''}/{file}"
             record["size"] = {"height": result.image.height, "width": result.image.width}
         return record
 
@@ -118,7 +122,10 @@ class Part:
         images = self._folder / self._name
         if images.exists():  # of a worker that died here
             shutil.rmtree(images)
-        if any(self._images.iterdir()):
+        if self._tar:
+            self._write_tar(records)
+            self.drop()
+        elif any(self._images.iterdir()):
             self._images.rename(images)
         else:
             self._images.rmdir()
@@ -129,18 +136,51 @@ class Part:
         """Removes what there is."""
         shutil.rmtree(self._images, ignore_errors=True)
 
+    def _write_tar(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """A member a file: each record, and beside it, called alike, its image, as webdataset's readers have it."""
+        new = self._folder / f"{self._name}.tar.{os.getpid()}.tmp"
+        with tarfile.open(new, "w") as archive:
+            for files, record in zip(self._files, records, strict=True):
+                for name, one in zip(files, record.get("images", [record]), strict=True):
+                    data = json_line({**record, **one}).encode()
+                    member = tarfile.TarInfo(f"{name}.json")
+                    member.size = len(data)
+                    archive.addfile(member, io.BytesIO(data))
+                    image = self._images / f"{name}.png"
+                    if image.exists():
+                        archive.add(image, image.name, filter=_without_owner)
+        new.replace(self._folder / f"{self._name}.tar")
 
-def file_names(said: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What the files of lines are called: as its id where that can be and none before it is, else by its number."""
-    names: dict[str, str] = {}
-    for one in said:
-        name = str(one["id"])
-        if not _PLAIN.fullmatch(name) or name.lower() in names:
-            name = f"line-{one['line']}"
-        while name.lower() in names:
-            name += "_"
-        names[name.lower()] = name
-    return list(names.values())
+
+def _without_owner(member: tarfile.TarInfo) -> tarfile.TarInfo:
+    """The same bytes whoever writes them, and when."""
+    member.mtime, member.uid, member.gid, member.uname, member.gname, member.mode = 0, 0, 0, "", "", 0o644
+    return member
+
+
+def file_names(said: Sequence[Mapping[str, Any]], counts: Sequence[int], *, dots: bool) -> list[list[str]]:
+    """What the images of lines are called, without `.png`.
+
+    As the line's id where that can be and none before it is, else by its number; with `-0`, `-1`, … of several.
+
+    Args:
+        said: `id` and `line` of each line.
+        counts: how many images each has.
+        dots: whether there may be dots in names, which webdataset takes for the beginning of an ending.
+    """
+    names, found = set(), []
+    for one, count in zip(said, counts, strict=True):
+        wanted = str(one["id"])
+        if not _PLAIN.fullmatch(wanted) or ("." in wanted and not dots):
+            wanted = f"line-{one['line']}"
+        ends = [f"-{k}" for k in range(count)] if count > 1 else [""]
+        if any((wanted + end).lower() in names for end in ends):
+            wanted = f"line-{one['line']}"
+        while any((wanted + end).lower() in names for end in ends):
+            wanted += "_"
+        found.append([wanted + end for end in ends])
+        names |= {name.lower() for name in found[-1]}
+    return found
 
 
 def _write(path: Path, text: str) -> None:

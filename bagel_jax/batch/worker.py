@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 from bagel_jax.batch.claims import Claims, worker_name
-from bagel_jax.batch.job import Block, JobFile, read_line
-from bagel_jax.batch.output import JobFolder, Part
+from bagel_jax.batch.job import Block, Defaults, JobFile, Line, read_line
+from bagel_jax.batch.output import JobFolder, Part, file_names
 from bagel_jax.errors import InputError
 from bagel_jax.request import Request, Result
 from bagel_jax.results import told
@@ -36,15 +37,26 @@ class _Open:
     block: Block
     part: Part
     said: list[dict[str, Any]]
-    requests: list[Request | Exception]
+    requests: list[tuple[Request, ...] | Exception]
     started: float
-    records: dict[int, dict[str, Any]] = field(default_factory=dict)
-    errors: dict[str, int] = field(default_factory=dict)
+    # Of each line, what came of its requests, in their order; one entry of a line that is none.
+    came: list[list[dict[str, Any] | None]]
+    missing: int  # entries
     fed: bool = False  # all its requests were given to the model
 
-    @property
-    def whole(self) -> bool:
-        return len(self.records) == len(self.said)
+    def records(self) -> list[dict[str, Any]]:
+        """A record a line."""
+        came = (parts[0] if len(parts) == 1 else _several(parts) for parts in self.came)
+        return [said | record for said, record in zip(self.said, came, strict=True)]
+
+
+def _several(came: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a record says of several images: an error if one of them has one."""
+    wrong = next((one for one in came if one["status"] == "error"), None)
+    return {"status": "ok", "error": None} | ({k: wrong[k] for k in _WRONG} if wrong else {}) | {"images": came}
+
+
+_WRONG = "status", "error", "kind"
 
 
 class Worker:
@@ -54,7 +66,7 @@ class Worker:
         job: the file.
         folder: its results.
         shard_size: lines of a block.
-        usual, seed: see `read_line`.
+        usual: for lines that do not say otherwise.
         dead_after: seconds without a sign of life after which another worker's block is taken over.
         tell: called with `Counts` after each line.
     """
@@ -64,14 +76,13 @@ class Worker:
         job: JobFile,
         folder: JobFolder,
         shard_size: int,
-        usual: Mapping[str, Any],
-        seed: int = 0,
+        usual: Defaults,
         *,
         dead_after: float = 30.0,
         tell: Callable[[Counts], None] = lambda _: None,
     ):
         self._job, self._folder, self._size = job, folder, shard_size
-        self._usual, self._seed, self._dead_after, self._tell = usual, seed, dead_after, tell
+        self._usual, self._dead_after, self._tell = usual, dead_after, tell
         self._open: dict[int, _Open] = {}
         self._claims: Claims | None = None
         self._ending = threading.Lock()  # whoever has it publishes, or lets go of everything
@@ -130,56 +141,63 @@ class Worker:
             yield from self._requests(block, claim)
 
     def _requests(self, block: Block, claim: int) -> Iterator[Request]:
-        read = (read_line(line, self._job.path.parent, self._usual, self._seed) for line in block.lines)
-        said, requests = map(list, zip(*read, strict=True))
-        part = self._folder.part(block.number, claim, said)
-        now = self._open[block.number] = _Open(block, part, said, requests, time.perf_counter())
-        for i, request in enumerate(requests):
-            if self.stopped:
-                return
-            if isinstance(request, Exception):
-                self._failed(now, i, request)
-            else:
+        said, requests = map(list, zip(*(self._read(line) for line in block.lines), strict=True))
+        counts = [len(some) if isinstance(some, tuple) else 1 for some in requests]
+        part = self._folder.part(block.number, claim, file_names(said, counts, dots=not self._folder.tar))
+        came = [[None] * count for count in counts]
+        now = self._open[block.number] = _Open(
+            block, part, said, requests, time.perf_counter(), came, missing=sum(counts)
+        )
+        for i, some in enumerate(requests):
+            if isinstance(some, Exception):
+                self._failed(now, i, 0, some)
+                continue
+            for k, request in enumerate(some):
+                if self.stopped:
+                    return
                 # Ids are free to choose, also twice; what the engine goes by is not.
-                yield replace(request, request_id=f"{block.number}:{i}")
+                yield replace(request, request_id=f"{block.number}:{i}:{k}")
         now.fed = True
         self._publish(now)
 
+    def _read(self, line: Line) -> tuple[dict[str, Any], tuple[Request, ...] | Exception]:
+        return read_line(line, self._job.path.parent, self._usual)
+
     def _note(self, request: Request, outcome: Result | Exception) -> None:
-        number, i = map(int, request.request_id.split(":"))
+        number, i, k = map(int, request.request_id.split(":"))
         now = self._open.get(number)
         if now is None:  # let go of
             return
         if isinstance(outcome, Exception):
-            self._failed(now, i, outcome)
+            self._failed(now, i, k, outcome)
         else:
             try:
-                came = now.part.save(i, outcome)
+                came = now.part.save(i, k, outcome)
             except OSError:
                 if self._claims.mine(number):
                     raise
                 self._open.pop(number, None)  # taken over, its files removed
                 return
-            record = {"status": "ok", "error": None, **came, **told(request, outcome)}
-            self._add(now, i, record)
+            about = {} if len(now.came[i]) == 1 else {"seed": request.seed}
+            self._add(now, i, k, {"status": "ok", "error": None, **about, **came, **told(request, outcome)})
         self._publish(now)
 
-    def _failed(self, now: _Open, i: int, error: Exception) -> None:
+    def _failed(self, now: _Open, i: int, k: int, error: Exception) -> None:
         kind = type(error).__name__
-        now.errors[kind] = now.errors.get(kind, 0) + 1
         sentence = str(error) if isinstance(error, InputError) else f"{kind}: {error}"
-        self.counts.errors += 1
-        self._add(now, i, {"status": "error", "error": sentence, "kind": kind})
+        self._add(now, i, k, {"status": "error", "error": sentence, "kind": kind})
 
-    def _add(self, now: _Open, i: int, record: dict[str, Any]) -> None:
-        now.records[i] = now.said[i] | record
+    def _add(self, now: _Open, i: int, k: int, came: dict[str, Any]) -> None:
+        now.came[i][k] = came
+        now.missing -= 1
         self.counts.done += 1
+        self.counts.errors += came["status"] == "error"
         self._tell(self.counts)
 
     def _publish(self, now: _Open) -> None:
         """Publishes a block if it is whole and still this worker's."""
         number = now.block.number
-        if not (now.fed and now.whole):
+        if now.missing or not now.fed:
             return
         with self._ending:
             if self._open.pop(number, None) is None:
@@ -187,8 +205,9 @@ class Worker:
             if not self._claims.mine(number) or self._folder.done(number):
                 now.part.drop()
             else:
-                seconds = time.perf_counter() - now.started
-                stats = {"lines": len(now.said), "errors": now.errors, "seconds": round(seconds, 3)}
-                now.part.publish([now.records[i] for i in range(len(now.said))], stats)
+                records = now.records()
+                errors = Counter(record["kind"] for record in records if record["status"] == "error")
+                seconds = round(time.perf_counter() - now.started, 3)
+                now.part.publish(records, {"lines": len(records), "errors": errors, "seconds": seconds})
                 self.counts.blocks += 1
             self._claims.release(number)

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from bagel_jax.batch.__main__ import signals
-from bagel_jax.batch.job import JobFile, identity
+from bagel_jax.batch.job import Defaults, JobFile, identity
 from bagel_jax.batch.output import JobFolder
 from bagel_jax.batch.worker import Worker
 from bagel_jax.request import Request, Result
@@ -44,11 +44,11 @@ def run_many(requests: Iterable[Request]) -> Iterator[tuple[Request, Result | Ex
             yield request, Result(request.request_id, request.modality, text=request.prompt.upper())
 
 
-def work(job: Path, output: Path, size: int, **options) -> Worker:
+def work(job: Path, output: Path, size: int, usual: Defaults | None = None, tar: bool = False, **options) -> Worker:
     """A worker that has ended."""
-    file = JobFile(job)
-    folder = JobFolder(output, identity(file, Path(__file__).parent, {}, 0, size, "1"))
-    worker = Worker(file, folder, size, {}, **options)
+    file, usual = JobFile(job), usual or Defaults()
+    folder = JobFolder(output, identity(file, Path(__file__).parent, usual, size, "1", tar), tar=tar)
+    worker = Worker(file, folder, size, usual, **options)
     with signals(worker, grace=GRACE):
         worker.run(run_many)
     folder.summarize({})

@@ -9,16 +9,20 @@ import random
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import webdataset
 from batch.stub import work
 from commands import process
+from PIL import Image
 
 from bagel_jax.batch.__main__ import main
 from bagel_jax.batch.claims import Claims
-from bagel_jax.batch.job import JobFile, identity
+from bagel_jax.batch.job import Defaults, JobFile, identity
 from bagel_jax.batch.output import JobFolder, Part
 from bagel_jax.errors import InputError
 
@@ -180,11 +184,11 @@ def test_a_full_disk_ends_the_worker(tmp_path, monkeypatch):
     path = job(tmp_path, 20)
     saved, save = [], Part.save
 
-    def full(self, i, result):
+    def full(self, i, k, result):
         saved.append(i)
         if len(saved) > 9:
             raise OSError(errno.ENOSPC, "No space left on device")
-        return save(self, i, result)
+        return save(self, i, k, result)
 
     with monkeypatch.context() as m:
         m.setattr(Part, "save", full)
@@ -225,7 +229,7 @@ def test_another_job_in_the_folder_is_refused(tmp_path, change):
 
     def open_folder(**what):
         file = JobFile(what["input"])
-        made = identity(file, what["model"], what["settings"], 0, what["shard_size"], what["version"])
+        made = identity(file, what["model"], Defaults(what["settings"]), what["shard_size"], what["version"])
         return JobFolder(tmp_path / "out", made)
 
     open_folder(**usual)
@@ -289,3 +293,63 @@ def test_bad_input(tmp_path, args, message, capsys):
     assert main([*map(str, args), "--output", str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err == f"error: {message}\n"
     assert not (tmp_path / "out").exists()
+
+
+def test_several_images_a_line(tmp_path):
+    """They have one seed, or share a file."""
+    lines = [
+        {"modality": "text2img", "prompt": "a", "id": "x"},
+        {"modality": "text2img", "prompt": "b", "id": "x-0", "seed": 2**32 - 1},
+        {"modality": "text2text", "prompt": "c"},
+        {"modality": "text2img", "prompt": "d", "steps": 0},
+    ]
+    path = tmp_path / "job.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    work(path, tmp_path / "out", 10, Defaults(seed=5, num_images=3))
+    records = list(map(json.loads, (tmp_path / "out" / "part-00000.jsonl").read_text().splitlines()))
+    assert [[one["seed"] for one in record.get("images", [])] for record in records] == [
+        [5, 6, 7],
+        [2**32 - 1, 0, 1],
+        [],
+        [],
+    ]
+    assert [one["image"] for one in records[0]["images"]] == [f"part-00000/x-{k}.png" for k in range(3)]
+    assert [record["status"] for record in records] == ["ok", "ok", "ok", "error"]
+    assert records[2]["text"] == "C"
+    for record in records[:2]:
+        for one in record["images"]:
+            expected = np.random.RandomState(one["seed"]).randint(0, 256, (8, 8, 3))
+            np.testing.assert_array_equal(Image.open(tmp_path / "out" / one["image"]), expected)
+
+
+def test_webdataset_reads_what_is_written(tmp_path):
+    """Images and records go apart, at a dot in a name, or in the reader's order."""
+    path = tmp_path / "job.jsonl"
+    lines = [{"modality": "text2img", "prompt": "a", "id": "a.b", "metadata": {"row": 1}}, {"prompt": "b"}]
+    lines += [{"modality": "text2img", "prompt": f"number {i}"} for i in range(2, 5)]
+    path.write_text("\n".join(map(json.dumps, lines)))
+    work(path, tmp_path / "out", 3, Defaults(num_images=2), tar=True)
+    parts = sorted((tmp_path / "out").glob("part-*.tar"))
+    samples = [s for part in parts for s in webdataset.WebDataset(str(part), shardshuffle=False).decode("pil")]
+    assert [sample["__key__"] for sample in samples] == [
+        *("line-0-0", "line-0-1", "1"),
+        *("2-0", "2-1", "3-0", "3-1", "4-0", "4-1"),
+    ]
+    assert samples[0]["json"]["metadata"] == {"row": 1}
+    assert "modality is missing" in samples[2]["json"]["error"]
+    assert "png" not in samples[2]
+    for sample in samples[:2] + samples[3:]:
+        expected = np.random.RandomState(sample["json"]["seed"]).randint(0, 256, (8, 8, 3))
+        np.testing.assert_array_equal(sample["png"], expected)
+    assert left_over(tmp_path / "out") == []
+    assert not list((tmp_path / "out").glob("part-*/"))
+
+
+def test_what_members_of_a_tar_file_do_not_say(tmp_path):
+    """Workers at different times, or of different users, write different bytes."""
+    path = tmp_path / "job.jsonl"
+    path.write_text('{"modality": "text2img", "prompt": "a"}')
+    work(path, tmp_path / "out", 3, tar=True)
+    with tarfile.open(tmp_path / "out" / "part-00000.tar") as archive:
+        assert [member.name for member in archive] == ["0.json", "0.png"]
+        assert {(m.mtime, m.uid, m.gid, m.uname, m.gname) for m in archive} == {(0, 0, 0, "", "")}
