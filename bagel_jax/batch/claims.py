@@ -45,7 +45,7 @@ class Claims:
         try:
             with path.open("x", encoding="utf-8") as file:
                 file.write(self._worker)
-        except FileExistsError:  # another was faster
+        except (FileExistsError, FileNotFoundError):  # another was faster, or has just ended the job
             return None
         with self._lock:
             self._mine[block] = path

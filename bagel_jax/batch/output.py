@@ -41,11 +41,13 @@ class JobFolder:
         self.path, self.tar = path, tar
         try:
             path.mkdir(parents=True, exist_ok=True)
-            new = path / f"job.{os.getpid()}.tmp"
-            new.write_text(json.dumps(job, indent=1) + "\n", encoding="utf-8")
-            with contextlib.suppress(FileExistsError):
-                os.link(new, path / "job.json")  # which is made once, by whoever is first
-            new.unlink()
+            while not (path / "job.json").exists():
+                new = path / f"job.json.{os.getpid()}.tmp"
+                new.write_text(json.dumps(job, indent=1) + "\n", encoding="utf-8")
+                # It is made once, by whoever is first; and who ends the job just now may remove what is not.
+                with contextlib.suppress(FileExistsError, FileNotFoundError):
+                    os.link(new, path / "job.json")
+                new.unlink(missing_ok=True)
             there = json.loads((path / "job.json").read_text(encoding="utf-8"))
         except OSError as error:
             raise InputError(f"--output {path} cannot be written to ({error.strerror}); give another folder") from None
@@ -77,7 +79,7 @@ class JobFolder:
         return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(self.path.glob("part-*.stats.json"))]
 
     def summarize(self, more: Mapping[str, Any]) -> dict[str, Any]:
-        """Writes and returns `summary.json`, of all blocks."""
+        """When all blocks are done: writes and returns `summary.json`, and removes what killed workers left."""
         errors: dict[str, int] = {}
         stats = self.stats()
         for part in stats:
@@ -85,7 +87,11 @@ class JobFolder:
                 errors[kind] = errors.get(kind, 0) + count
         lines = sum(part["lines"] for part in stats)
         summary = {"lines": lines, "ok": lines - sum(errors.values()), "errors": errors, "parts": len(stats), **more}
-        _write(self.path / "summary.json", json.dumps(summary, indent=1) + "\n")
+        shutil.rmtree(self.claims, ignore_errors=True)
+        for left in self.path.glob("*.json.*.tmp"):
+            left.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # another worker did so, and has written the same
+            _write(self.path / "summary.json", json.dumps(summary, indent=1) + "\n")
         return summary
 
     def _records(self, block: int) -> Path:

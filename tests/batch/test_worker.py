@@ -353,3 +353,14 @@ def test_what_members_of_a_tar_file_do_not_say(tmp_path):
     with tarfile.open(tmp_path / "out" / "part-00000.tar") as archive:
         assert [member.name for member in archive] == ["0.json", "0.png"]
         assert {(m.mtime, m.uid, m.gid, m.uname, m.gname) for m in archive} == {(0, 0, 0, "", "")}
+
+
+def test_what_a_worker_left_that_died_at_the_end(tmp_path):
+    """Killed while it wrote the summary, or which job this is, it leaves a file that nobody removes."""
+    path = job(tmp_path, 5)
+    work(path, tmp_path / "out", 2)
+    (tmp_path / "out" / "claims").mkdir()
+    for name in ("summary.json.7.tmp", "job.json.7.tmp", "claims/00001.0"):
+        (tmp_path / "out" / name).write_text("{")
+    work(path, tmp_path / "out", 2)
+    assert left_over(tmp_path / "out") == []
