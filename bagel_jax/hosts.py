@@ -104,6 +104,8 @@ def join(coordinator: str | None, num_processes: int | None = None, process_id: 
     check(coordinator, num_processes, process_id)
     if coordinator is None:
         return Team(several=False, first=True)
+    # Before JAX has something to do at the exit: where another process is gone, that is what it aborts over.
+    _leave_last_words()
     import jax
 
     address = None if coordinator == "auto" else coordinator
@@ -120,10 +122,7 @@ def join(coordinator: str | None, num_processes: int | None = None, process_id: 
             f"--coordinator is {coordinator}, with which this process finds no others "
             f"({' '.join(str(error).split())[:300]}); give HOST:PORT of process 0, --num-processes and --process-id"
         ) from None
-    several = jax.process_count() > 1
-    if several:
-        _leave_last_words()
-    return Team(several, first=jax.process_index() == 0)
+    return Team(several=jax.process_count() > 1, first=jax.process_index() == 0)
 
 
 def _leave_last_words() -> None:
