@@ -139,7 +139,7 @@ def _trunk(definition, params, embedded, order, rope, kv_end, past: KV, hook):
 
     def step(layer, x: Block, this):
         number, before = this
-        q, k, v = (part.joined(0)[back] for part in layer.qkv(x, turn))
+        q, k, v = (part.joined(0)[back] for part in layer.qkv(x, rotation))
         if hook is not None:
             hidden = x.joined(0)[back]
             q, k, v, hidden = hook(number, q, k, v, hidden) or (q, k, v, hidden)
@@ -148,7 +148,7 @@ def _trunk(definition, params, embedded, order, rope, kv_end, past: KV, hook):
         return layer.finish(x, x.split(attend(q, seen, kv_end)[order], 0)), KV(k, v)
 
     x = Block(und, jnp.concatenate(latents) if latents else None)
-    turn = trunk.turn(x, rope[order])
+    rotation = trunk.rotation(x, rope[order])
     # Under a gradient each layer keeps no more than what goes into it.
     return scan_layers(trunk.layers, step, x, (jnp.arange(c.num_layers), past), remat=True)
 

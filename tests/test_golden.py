@@ -97,12 +97,15 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", [pytest.param(w, marks=[pytest.mark.slow] * ("attention" in WAYS[w])) for w in WAYS])
-@pytest.mark.parametrize("name", ["text2text", "img2text", "text2img_think"])
+def in_ways(*names: str) -> list:
+    """Cases with each way, but for the reference over the 5,000 keys of an image, one after another, for minutes."""
+    pairs = [(name, way) for name in names for way in WAYS if (name, way) != ("img2text", "reference")]
+    return [pytest.param(*pair, marks=[pytest.mark.slow] * ("attention" in WAYS[pair[1]])) for pair in pairs]
+
+
+@pytest.mark.parametrize(("name", "way"), in_ways("text2text", "img2text", "text2img_think"))
 def test_logits(tiny, cases_dir, name, way):
     """Logits of every decoding step, and the context after decoding."""
-    if (name, way) == ("img2text", "reference"):
-        pytest.skip("5,000 keys a query, one after another, take minutes; the other backends are compared with it")
     case = Case.read(cases_dir, name)
     stage, ids = stage_of(tiny, **WAYS[way]), case.arrays["text_ids"]
     job = prefilled(stage, tiny.prepare(case.request()))

@@ -116,20 +116,20 @@ def _run(args: argparse.Namespace) -> int:
     from bagel_jax.bagel import Bagel  # late: brings jax, and bad arguments are found without it
 
     model = Bagel.open(model_folder, args.dtype, config)
-    tar = args.format == "webdataset"
-    folder = JobFolder(output, identity(job, model_folder, usual, args.shard_size, __version__, tar), tar=tar)
+    more = {name: getattr(args, name) for name in ("format", "shard_size", "dtype", "vae_tiling")}
+    folder = JobFolder(output, identity(job, model_folder, usual, version=__version__, **more))
     started = time.perf_counter()
     progress = _Progress(args.progress)
     worker = Worker(job, folder, args.shard_size, usual, dead_after=args.dead_after, tell=progress)
     with contextlib.closing(model), contextlib.closing(progress), signals(worker, args.grace):
         worker.run(model.run_many)
     seconds = time.perf_counter() - started
-    summary = folder.summarize({})
+    summary = folder.summarize()
     failed = sum(summary["errors"].values())
     kinds = "".join(f"\n  {count:,} {kind}" for kind, count in sorted(summary["errors"].items()))
     print(
         f"{summary['lines']:,} lines in {summary['parts']:,} parts, {failed:,} of them errors, see {folder.path}; this "
-        f"worker did {worker.counts.done:,} in {seconds:.0f} s{kinds}",
+        f"worker answered {worker.counts.done:,} requests in {seconds:.0f} s{kinds}",
         flush=True,
     )
     return STRICT if failed and args.strict else DONE

@@ -31,29 +31,34 @@ class Claims:
         self._seen: dict[Path, tuple[int, float]] = {}  # others' claims: when touched, and since when known to us
         self._lock = threading.Lock()
         self._over = threading.Event()
-        folder.mkdir(parents=True, exist_ok=True)
         self._thread = threading.Thread(target=self._keep_alive, name="claims", daemon=True)
         self._thread.start()
 
     def take(self, block: int) -> int | None:
         """Claims a block; returns the number of the claim, above 0 where a dead worker had it, or None: another's."""
-        last = self._last(block)
-        if last is not None and not self._dead(last):
+        if not self.free(block):
             return None
+        last = self._last(block)
         number = 0 if last is None else int(last.suffix[1:]) + 1
         path = self._folder / f"{block:05d}.{number}"
+        self._folder.mkdir(parents=True, exist_ok=True)  # who lets go of the last claim removes it
         try:
             with path.open("x", encoding="utf-8") as file:
                 file.write(self._worker)
-        except (FileExistsError, FileNotFoundError):  # another was faster, or has just ended the job
+        except (FileExistsError, FileNotFoundError):  # another was faster, or has just removed the folder
             return None
         with self._lock:
             self._mine[block] = path
         return number
 
+    def free(self, block: int) -> bool:
+        """Whether nobody has the block, or a dead worker."""
+        last = self._last(block)
+        return last is None or self._dead(last)
+
     def mine(self, block: int) -> bool:
         """Whether the block is still this worker's."""
-        return self._last(block) == self._mine.get(block)
+        return block in self._mine and self._last(block) == self._mine[block]
 
     def release(self, block: int) -> None:
         """Lets go of a block: it is done, or somebody else is to do it."""

@@ -46,6 +46,8 @@ class JobFile:
                 self._size = path.stat().st_size
         except OSError as error:
             raise InputError(f"the job {path} cannot be read ({error.strerror}); give a file of requests") from None
+        if next(self.blocks(1), None) is None:
+            raise InputError(f"the job {path} holds no request; it must hold one a line, as JSON")
 
     def blocks(self, size: int) -> Iterator[Block]:
         """All blocks of `size` lines in order; one is in memory."""
@@ -99,11 +101,13 @@ def read_line(line: Line, base: Path, usual: Defaults) -> tuple[dict[str, Any], 
         try:
             text = line.text.decode().strip()
         except UnicodeDecodeError as error:
-            raise InputError(f"line {line.number} is no text in UTF-8 ({error.reason} at byte {error.start})") from None
+            raise InputError(
+                f"line {line.number} is not valid Unicode text ({error.reason} at byte {error.start}); give it in UTF-8"
+            ) from None
         data = json_object(text, '{"modality": "text2img", "prompt": "a red bench"}')
         if "metadata" in data:
             said["metadata"] = data.pop("metadata")
-        if isinstance(data.get("id"), int):
+        if type(data.get("id")) is int:
             data["id"] = str(data["id"])
         modality = data.get("modality", usual.fields.get("modality"))
         settings = APPLICABLE.get(modality, ()) if isinstance(modality, str) else ()
@@ -121,19 +125,10 @@ def read_line(line: Line, base: Path, usual: Defaults) -> tuple[dict[str, Any], 
 _SETTINGS = frozenset(itertools.chain.from_iterable(APPLICABLE.values()))
 
 
-def identity(
-    job: JobFile, model: Path, usual: Defaults, shard_size: int, version: str, tar: bool = False
-) -> dict[str, Any]:
-    """All that a job's results depend on, for `job.json`."""
-    return {
-        "job_format": 1,
-        "input": job.fingerprint(),
-        "model": fingerprint(model),
-        "settings": dict(usual.fields) | {"seed": usual.seed, "num_images": usual.num_images},
-        "format": "webdataset" if tar else "files",
-        "shard_size": shard_size,
-        "version": version,
-    }
+def identity(job: JobFile, model: Path, usual: Defaults, **more: Any) -> dict[str, Any]:
+    """All that a job's results depend on, for `job.json`; `more` is what else there is, by name."""
+    settings = dict(usual.fields) | {"seed": usual.seed, "num_images": usual.num_images}
+    return {"job_format": 1, "input": job.fingerprint(), "model": fingerprint(model), "settings": settings, **more}
 
 
 def fingerprint(model: Path) -> dict[str, Any]:

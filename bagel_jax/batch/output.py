@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import tarfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,19 +31,18 @@ class JobFolder:
 
     Args:
         path: the folder, which need not be there.
-        job: what tells this job from others.
-        tar: whether images go into tar files.
+        job: what tells this job from others; with the `format` webdataset images go into tar files.
 
     Raises:
         InputError: the folder is another job's, or cannot be written to.
     """
 
-    def __init__(self, path: Path, job: Mapping[str, Any], *, tar: bool = False):
-        self.path, self.tar = path, tar
+    def __init__(self, path: Path, job: Mapping[str, Any]):
+        self.path, self.tar = path, job.get("format") == "webdataset"
         try:
             path.mkdir(parents=True, exist_ok=True)
             while not (path / "job.json").exists():
-                new = path / f"job.json.{os.getpid()}.tmp"
+                new = _temporary(path / "job.json")
                 new.write_text(json.dumps(job, indent=1) + "\n", encoding="utf-8")
                 # It is made once, by whoever is first; and who ends the job just now may remove what is not.
                 with contextlib.suppress(FileExistsError, FileNotFoundError):
@@ -74,19 +74,12 @@ class JobFolder:
             shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
         return Part(self.path, block, claim, files, tar=self.tar)
 
-    def stats(self) -> list[dict[str, Any]]:
-        """The counts of the blocks that are done."""
-        return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(self.path.glob("part-*.stats.json"))]
-
-    def summarize(self, more: Mapping[str, Any]) -> dict[str, Any]:
+    def summarize(self) -> dict[str, Any]:
         """When all blocks are done: writes and returns `summary.json`, and removes what killed workers left."""
-        errors: dict[str, int] = {}
-        stats = self.stats()
-        for part in stats:
-            for kind, count in part["errors"].items():
-                errors[kind] = errors.get(kind, 0) + count
+        stats = [json.loads(file.read_text(encoding="utf-8")) for file in self.path.glob("part-*.stats.json")]
+        errors = sum((Counter(part["errors"]) for part in stats), Counter())
         lines = sum(part["lines"] for part in stats)
-        summary = {"lines": lines, "ok": lines - sum(errors.values()), "errors": errors, "parts": len(stats), **more}
+        summary = {"lines": lines, "ok": lines - errors.total(), "errors": errors, "parts": len(stats)}
         shutil.rmtree(self.claims, ignore_errors=True)
         for left in self.path.glob("*.json.*.tmp"):
             left.unlink(missing_ok=True)
@@ -144,11 +137,12 @@ class Part:
 
     def _write_tar(self, records: Sequence[Mapping[str, Any]]) -> None:
         """A member a file: each record, and beside it, called alike, its image, as webdataset's readers have it."""
-        new = self._folder / f"{self._name}.tar.{os.getpid()}.tmp"
+        new = _temporary(self._folder / f"{self._name}.tar")
         with tarfile.open(new, "w") as archive:
             for files, record in zip(self._files, records, strict=True):
+                whole = {key: value for key, value in record.items() if key != "images"}
                 for name, one in zip(files, record.get("images", [record]), strict=True):
-                    data = json_line({**record, **one}).encode()
+                    data = json_line(whole | one).encode()
                     member = tarfile.TarInfo(f"{name}.json")
                     member.size = len(data)
                     archive.addfile(member, io.BytesIO(data))
@@ -189,9 +183,14 @@ def file_names(said: Sequence[Mapping[str, Any]], counts: Sequence[int], *, dots
     return found
 
 
+def _temporary(path: Path) -> Path:
+    """What a file is called until it is whole; no other worker, on whatever machine, calls one so."""
+    return path.with_name(f"{path.name}.{os.urandom(6).hex()}.tmp")
+
+
 def _write(path: Path, text: str) -> None:
     """A whole file, at once; on the disk before it is seen."""
-    new = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    new = _temporary(path)
     with new.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()

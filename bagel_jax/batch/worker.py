@@ -34,10 +34,9 @@ class Counts:
 class _Open:
     """A block in work."""
 
-    block: Block
+    number: int
     part: Part
-    said: list[dict[str, Any]]
-    requests: list[tuple[Request, ...] | Exception]
+    said: list[dict[str, Any]]  # by lines
     started: float
     # Of each line, what came of its requests, in their order; one entry of a line that is none.
     came: list[list[dict[str, Any] | None]]
@@ -105,9 +104,12 @@ class Worker:
                 left: list[int] = []
                 for request, outcome in run_many(self._feed(left)):
                     self._note(request, outcome)
-                if not left or self.stopped:
+                # Others have those. The file is read again when one of them can be had.
+                while left and not self.stopped and not any(map(self._claims.free, left)):
+                    time.sleep(_LOOK_SECONDS)
+                    left = [number for number in left if not self._folder.done(number)]
+                if not left:
                     return
-                time.sleep(_LOOK_SECONDS)  # others have those
         finally:
             self.let_go()
 
@@ -145,9 +147,7 @@ class Worker:
         counts = [len(some) if isinstance(some, tuple) else 1 for some in requests]
         part = self._folder.part(block.number, claim, file_names(said, counts, dots=not self._folder.tar))
         came = [[None] * count for count in counts]
-        now = self._open[block.number] = _Open(
-            block, part, said, requests, time.perf_counter(), came, missing=sum(counts)
-        )
+        now = self._open[block.number] = _Open(block.number, part, said, time.perf_counter(), came, sum(counts))
         for i, some in enumerate(requests):
             if isinstance(some, Exception):
                 self._failed(now, i, 0, some)
@@ -196,7 +196,7 @@ class Worker:
 
     def _publish(self, now: _Open) -> None:
         """Publishes a block if it is whole and still this worker's."""
-        number = now.block.number
+        number = now.number
         if now.missing or not now.fed:
             return
         with self._ending:

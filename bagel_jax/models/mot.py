@@ -113,13 +113,13 @@ class Layer(nnx.Module):
         self.und = Expert(c, dtype, rngs)
         self.gen = Expert(c, dtype, rngs)
 
-    def qkv(self, x: Block, turn: Block) -> tuple[Block, Block, Block]:
-        """Queries, keys and values of tokens; `turn` has `rotary` of their positions."""
-        und = self.und.qkv(x.und, *turn.und)
+    def qkv(self, x: Block, rotation: Block) -> tuple[Block, Block, Block]:
+        """Queries, keys and values of tokens; `rotation` has `rotary` of their positions."""
+        und = self.und.qkv(x.und, *rotation.und)
         if x.gen is None:
             q, k, v = map(Block, und)
         else:
-            q, k, v = map(Block, und, self.gen.qkv(x.gen, *turn.gen))
+            q, k, v = map(Block, und, self.gen.qkv(x.gen, *rotation.gen))
         return q, k, v
 
     def finish(self, x: Block, attended: Block) -> Block:
@@ -127,12 +127,12 @@ class Layer(nnx.Module):
         und = self.und.finish(x.und, attended.und)
         return Block(und, None if x.gen is None else self.gen.finish(x.gen, attended.gen))
 
-    def __call__(self, x: Block, turn: Block, attention) -> tuple[Block, Any]:
+    def __call__(self, x: Block, rotation: Block, attention) -> tuple[Block, Any]:
         """One layer over tokens; rows B may be missing.
 
         `attention(q, k, v)` knows who sees whom; what it returns beside its output, a `Block` as `q` is, is returned.
         """
-        out, extra = attention(*self.qkv(x, turn))
+        out, extra = attention(*self.qkv(x, rotation))
         return self.finish(x, out), extra
 
 
@@ -163,16 +163,16 @@ class MoT(nnx.Module):
         Returns:
             The hidden states behind the last layer, before the final norms, and the cache.
         """
-        turn = self.turn(x, positions)
+        rotation = self.rotation(x, positions)
 
         def step(layer, carry, number):
             x, cache = carry
-            return layer(x, turn, lambda q, k, v: attention(number, q, k, v, cache)), None
+            return layer(x, rotation, lambda q, k, v: attention(number, q, k, v, cache)), None
 
         numbers = jnp.arange(self.config.num_layers)
         return scan_layers(self.layers, step, (x, cache), numbers, remat=remat)[0]
 
-    def turn(self, x: Block, positions: jax.Array) -> Block:
+    def rotation(self, x: Block, positions: jax.Array) -> Block:
         """`rotary` of the positions `[..., T + N]` of tokens, of either expert's."""
         width, theta = self.config.head_dim, self.config.rope_theta
         return Block(*(p if p is None else rotary(p[..., 0], width, theta) for p in x.split(positions[..., None], -2)))

@@ -47,11 +47,12 @@ def run_many(requests: Iterable[Request]) -> Iterator[tuple[Request, Result | Ex
 def work(job: Path, output: Path, size: int, usual: Defaults | None = None, tar: bool = False, **options) -> Worker:
     """A worker that has ended."""
     file, usual = JobFile(job), usual or Defaults()
-    folder = JobFolder(output, identity(file, Path(__file__).parent, usual, size, "1", tar), tar=tar)
+    how = {"shard_size": size, "format": "webdataset" if tar else "files"}
+    folder = JobFolder(output, identity(file, Path(__file__).parent, usual, **how))
     worker = Worker(file, folder, size, usual, **options)
     with signals(worker, grace=GRACE):
         worker.run(run_many)
-    folder.summarize({})
+    folder.summarize()
     return worker
 
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from batch.stub import work
 from commands import process
 from PIL import Image
 
+from bagel_jax.batch import worker as worker_module
 from bagel_jax.batch.__main__ import main
 from bagel_jax.batch.claims import Claims
 from bagel_jax.batch.job import Defaults, JobFile, identity
@@ -29,6 +31,7 @@ from bagel_jax.errors import InputError
 TESTS = Path(__file__).parents[1]
 ENVIRONMENT = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)])}
 STUB = Path(__file__).with_name("stub.py")
+EMPTY = Path(os.devnull)
 
 
 def job(folder: Path, count: int) -> Path:
@@ -110,9 +113,9 @@ def test_a_finished_job_is_not_done_again(tmp_path):
     assert before == {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.png")}
 
 
-def killed_at_random(folder: Path, kills: int, seed: int) -> int:
-    """Kills workers of a job again and again and has others go on; returns how many blocks those made that lived."""
-    chance, workers, blocks = random.Random(seed), [], 0
+def kill_at_random(folder: Path, kills: int, seed: int) -> None:
+    """Kills workers of a job again and again, and has others go on and end it."""
+    chance, workers = random.Random(seed), []
     path = folder / "job.jsonl"
 
     def start():
@@ -128,10 +131,8 @@ def killed_at_random(folder: Path, kills: int, seed: int) -> int:
         victim.communicate()
     workers.append(start())
     for worker in workers:
-        out, err = worker.communicate(timeout=120)
+        _, err = worker.communicate(timeout=120)
         assert worker.returncode == 0, err
-        blocks += int(out)
-    return blocks
 
 
 @pytest.mark.parametrize(
@@ -141,7 +142,7 @@ def test_killed_workers(tmp_path, count, kills):
     """A line has no record, or two, or half an image, after a worker was killed in the middle."""
     path = job(tmp_path, count)
     work(path, tmp_path / "undisturbed", 6)
-    killed_at_random(tmp_path, kills, seed=count)
+    kill_at_random(tmp_path, kills, seed=count)
     assert outcome(tmp_path / "out") == outcome(tmp_path / "undisturbed")
     assert left_over(tmp_path / "out") == []
     assert not list((tmp_path / "out").rglob("*.tmp*"))
@@ -229,8 +230,8 @@ def test_another_job_in_the_folder_is_refused(tmp_path, change):
 
     def open_folder(**what):
         file = JobFile(what["input"])
-        made = identity(file, what["model"], Defaults(what["settings"]), what["shard_size"], what["version"])
-        return JobFolder(tmp_path / "out", made)
+        more = {name: what[name] for name in ("shard_size", "version")}
+        return JobFolder(tmp_path / "out", identity(file, what["model"], Defaults(what["settings"]), **more))
 
     open_folder(**usual)
     open_folder(**usual)
@@ -261,14 +262,19 @@ def test_command(tmp_path):
     args = path, "--output", out, "--modality", "text2text", "--max-tokens", 3, "--shard-size", 2
     done = run(*args)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(f"3 lines in 2 parts, 1 of them errors, see {out}; this worker did 3 in ")
+    assert done.stdout.startswith(
+        f"3 lines in 2 parts, 1 of them errors, see {out}; this worker answered 3 requests in "
+    )
     records = [json.loads(line) for part in sorted(out.glob("*.jsonl")) for line in part.read_text().splitlines()]
     assert [record["status"] for record in records] == ["ok", "ok", "error"]
     assert all(record["settings"]["max_tokens"] == 3 for record in records[:2])
     assert records[2]["error"] == "prompt is 5; it must be a text"
     again = run(*args, "--strict")
     assert again.returncode == 3
-    assert "this worker did 0" in again.stdout
+    assert "this worker answered 0 requests" in again.stdout
+    narrow = run(*args, "--dtype", "bfloat16")
+    assert narrow.returncode == 2
+    assert "is of another job (dtype differs" in narrow.stderr
     other = run(*args, "--seed", 1)
     assert (other.returncode, other.stdout) == (2, "")
     assert other.stderr == (
@@ -284,6 +290,7 @@ def test_command(tmp_path):
             "the job nowhere.jsonl cannot be read (No such file or directory); give a file of requests",
         ),
         ([TESTS], f"the job {TESTS} cannot be read (Is a directory); give a file of requests"),
+        ([EMPTY], f"the job {EMPTY} holds no request; it must hold one a line, as JSON"),
         ([STUB, "--steps", "1"], "steps is 1; it must be a whole number, from 2 to 1000"),
         ([STUB, "--shard-size", "0"], "shard_size is 0; it must be a number, at least 1"),
     ],
@@ -338,6 +345,7 @@ def test_webdataset_reads_what_is_written(tmp_path):
     assert samples[0]["json"]["metadata"] == {"row": 1}
     assert "modality is missing" in samples[2]["json"]["error"]
     assert "png" not in samples[2]
+    assert all("images" not in sample["json"] for sample in samples)
     for sample in samples[:2] + samples[3:]:
         expected = np.random.RandomState(sample["json"]["seed"]).randint(0, 256, (8, 8, 3))
         np.testing.assert_array_equal(sample["png"], expected)
@@ -364,3 +372,20 @@ def test_what_a_worker_left_that_died_at_the_end(tmp_path):
         (tmp_path / "out" / name).write_text("{")
     work(path, tmp_path / "out", 2)
     assert left_over(tmp_path / "out") == []
+
+
+def test_a_file_is_not_read_again_and_again_while_others_work(tmp_path, monkeypatch):
+    """Who waits reads millions of lines every second; or for ever, once the other let go of the last claim."""
+    path = job(tmp_path, 20)
+    (tmp_path / "out").mkdir()
+    other = Claims(tmp_path / "out" / "claims", "elsewhere-2-b", dead_after=60)
+    assert other.take(1) == 0
+    read, blocks = [], JobFile.blocks
+    monkeypatch.setattr(JobFile, "blocks", lambda self, size: read.append(size) or blocks(self, size))
+    monkeypatch.setattr(worker_module, "_LOOK_SECONDS", 0.05)
+    timer = threading.Timer(2.0, other.close)
+    timer.start()
+    work(path, tmp_path / "out", 5)
+    timer.join()
+    assert len(read) <= 4  # is there a request, is anything left, the first round, and the one for what was let go
+    assert len(outcome(tmp_path / "out")[0]) == 20

@@ -114,14 +114,14 @@ def advance(
         x = static.spread.lay(static.spread.lay(x), TOKENS)
     decoding = None if rows is None else Decoding(page_table, jnp.where(rows.done, 0, text_kv_end(rows.place)))
     prefilling = None if chunk is None else Prefilling(chunk.kv_end, chunk.offsets, chunk.page_table)
-    attended = _attention(static, num_rows, rope.shape[0] - num_rows)
+    paged = _attention(static, num_rows, rope.shape[0] - num_rows)
 
     def attention(layer, q, k, v, pages):
         k, v = static.spread.lay((k, v), None, HEADS)
         kv = KV(k.joined(0), v.joined(0))
         fed, block = q.und[:num_rows], Block(q.und[num_rows:], q.gen)
         some = fed if rows is not None else None, block.joined(0) if chunk is not None else None
-        (fed, out), pages = attended(layer, some, kv, pages, page, slot, decoding, prefilling)
+        (fed, out), pages = paged(layer, some, kv, pages, page, slot, decoding, prefilling)
         if chunk is None:
             return Block(fed), pages
         out = block.split(out, 0)
