@@ -18,8 +18,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from bagel_jax import __version__
-from bagel_jax.batch.job import Defaults, JobFile, identity
+from bagel_jax.batch.job import Defaults, Job, identity
 from bagel_jax.batch.output import JobFolder
+from bagel_jax.batch.sources import open_source
 from bagel_jax.batch.worker import Counts, Worker
 from bagel_jax.command import BAD_INPUT, DONE, FAILED, INTERRUPTED, Parser, add_flags, from_flags
 from bagel_jax.demo.example import MODEL
@@ -109,7 +110,7 @@ def _run(args: argparse.Namespace) -> int:
     config = from_flags(args, EngineConfig)
     Settings(**settings_of(args))  # checked here, once, instead of on every line
     usual = _usual(args)
-    job = JobFile(Path(args.job))
+    job = Job(open_source(args.job))
     model_folder = Path(args.model or MODEL)
     output = output_folder(args.output)
 

@@ -9,16 +9,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from bagel_jax.batch.sources import Source
 from bagel_jax.errors import InputError, json_object
 from bagel_jax.options import APPLICABLE, MAX_SEED
 from bagel_jax.request import Request
 
-_END_BYTES = 2**16  # of a file's beginning and end that its fingerprint holds
-
 
 @dataclass(frozen=True)
 class Line:
-    """A line of the file: its number, from 0, blank ones left out, and what stands in it."""
+    """A line of a job: its number, from 0, and what stands in it."""
 
     number: int
     text: bytes
@@ -32,42 +31,26 @@ class Block:
     lines: tuple[Line, ...]
 
 
-class JobFile:
-    """A JSONL file of requests, read as far as it is needed.
+class Job:
+    """All requests of a source, in blocks; read as far as it is needed.
 
     Raises:
-        InputError: it cannot be read.
+        InputError: it cannot be read, or holds no request.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
-        try:
-            with path.open("rb"):
-                self._size = path.stat().st_size
-        except OSError as error:
-            raise InputError(f"the job {path} cannot be read ({error.strerror}); give a file of requests") from None
+    def __init__(self, source: Source):
+        self.source = source
         if next(self.blocks(1), None) is None:
-            raise InputError(f"the job {path} holds no request; it must hold one a line, as JSON")
+            raise InputError(f"the job {source.name} holds no request; it must hold one a line, as JSON")
 
     def blocks(self, size: int) -> Iterator[Block]:
         """All blocks of `size` lines in order; one is in memory."""
-        with self.path.open("rb") as file:
-            if file.read(3) != b"\xef\xbb\xbf":  # what some editors put before UTF-8
-                file.seek(0)
-            lines = itertools.starmap(Line, enumerate(line for line in file if line.strip()))
-            for number in itertools.count():
-                block = tuple(itertools.islice(lines, size))
-                if not block:
-                    return
-                yield Block(number, block)
-
-    def fingerprint(self) -> dict[str, Any]:
-        """By what the file is known again: its length, its beginning and its end, however long it is."""
-        with self.path.open("rb") as file:
-            ends = file.read(_END_BYTES)
-            file.seek(max(0, self._size - _END_BYTES))
-            ends += file.read(_END_BYTES)
-        return {"bytes": self._size, "ends_sha256": hashlib.sha256(ends).hexdigest()}
+        lines = itertools.starmap(Line, enumerate(self.source.lines()))
+        for number in itertools.count():
+            block = tuple(itertools.islice(lines, size))
+            if not block:
+                return
+            yield Block(number, block)
 
 
 @dataclass(frozen=True)
@@ -125,10 +108,16 @@ def read_line(line: Line, base: Path, usual: Defaults) -> tuple[dict[str, Any], 
 _SETTINGS = frozenset(itertools.chain.from_iterable(APPLICABLE.values()))
 
 
-def identity(job: JobFile, model: Path, usual: Defaults, **more: Any) -> dict[str, Any]:
+def identity(job: Job, model: Path, usual: Defaults, **more: Any) -> dict[str, Any]:
     """All that a job's results depend on, for `job.json`; `more` is what else there is, by name."""
     settings = dict(usual.fields) | {"seed": usual.seed, "num_images": usual.num_images}
-    return {"job_format": 1, "input": job.fingerprint(), "model": fingerprint(model), "settings": settings, **more}
+    return {
+        "job_format": 1,
+        "input": job.source.fingerprint(),
+        "model": fingerprint(model),
+        "settings": settings,
+        **more,
+    }
 
 
 def fingerprint(model: Path) -> dict[str, Any]:

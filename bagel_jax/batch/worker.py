@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from bagel_jax.batch.claims import Claims, worker_name
-from bagel_jax.batch.job import Block, Defaults, JobFile, Line, read_line
+from bagel_jax.batch.job import Block, Defaults, Job, Line, read_line
 from bagel_jax.batch.output import JobFolder, Part, file_names
 from bagel_jax.errors import InputError
 from bagel_jax.request import Request, Result
@@ -72,7 +72,7 @@ class Worker:
 
     def __init__(
         self,
-        job: JobFile,
+        job: Job,
         folder: JobFolder,
         shard_size: int,
         usual: Defaults,
@@ -161,7 +161,7 @@ class Worker:
         self._publish(now)
 
     def _read(self, line: Line) -> tuple[dict[str, Any], tuple[Request, ...] | Exception]:
-        return read_line(line, self._job.path.parent, self._usual)
+        return read_line(line, self._job.source.base, self._usual)
 
     def _note(self, request: Request, outcome: Result | Exception) -> None:
         number, i, k = map(int, request.request_id.split(":"))

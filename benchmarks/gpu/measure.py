@@ -23,8 +23,9 @@ from model import ROOT, random_bagel
 from PIL import Image
 from profiling import profile
 
-from bagel_jax.batch.job import Defaults, JobFile
+from bagel_jax.batch.job import Defaults, Job
 from bagel_jax.batch.output import JobFolder
+from bagel_jax.batch.sources import JsonLines
 from bagel_jax.batch.worker import Worker
 from bagel_jax.request import Request
 
@@ -203,7 +204,7 @@ def batch(model, args) -> dict:
             started = time.perf_counter()
             if turn % 2:
                 output = JobFolder(Path(folder) / "out", {"job": turn})
-                Worker(JobFile(path), output, 8, Defaults()).run(model.run_many)
+                Worker(Job(JsonLines(path)), output, 8, Defaults()).run(model.run_many)
             else:
                 for _, result in model.run_many(Request.from_json(line, Path(folder)) for line in lines):
                     if isinstance(result, Exception):

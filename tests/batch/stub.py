@@ -14,8 +14,9 @@ import numpy as np
 from PIL import Image
 
 from bagel_jax.batch.__main__ import signals
-from bagel_jax.batch.job import Defaults, JobFile, identity
+from bagel_jax.batch.job import Defaults, Job, identity
 from bagel_jax.batch.output import JobFolder
+from bagel_jax.batch.sources import JsonLines
 from bagel_jax.batch.worker import Worker
 from bagel_jax.request import Request, Result
 
@@ -46,7 +47,7 @@ def run_many(requests: Iterable[Request]) -> Iterator[tuple[Request, Result | Ex
 
 def work(job: Path, output: Path, size: int, usual: Defaults | None = None, tar: bool = False, **options) -> Worker:
     """A worker that has ended."""
-    file, usual = JobFile(job), usual or Defaults()
+    file, usual = Job(JsonLines(job)), usual or Defaults()
     how = {"shard_size": size, "format": "webdataset" if tar else "files"}
     folder = JobFolder(output, identity(file, Path(__file__).parent, usual, **how))
     worker = Worker(file, folder, size, usual, **options)

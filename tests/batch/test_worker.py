@@ -24,8 +24,9 @@ from PIL import Image
 from bagel_jax.batch import worker as worker_module
 from bagel_jax.batch.__main__ import main
 from bagel_jax.batch.claims import Claims
-from bagel_jax.batch.job import Defaults, JobFile, identity
+from bagel_jax.batch.job import Defaults, Job, identity
 from bagel_jax.batch.output import JobFolder, Part
+from bagel_jax.batch.sources import JsonLines
 from bagel_jax.errors import InputError
 
 TESTS = Path(__file__).parents[1]
@@ -229,7 +230,7 @@ def test_another_job_in_the_folder_is_refused(tmp_path, change):
     changed = {"input": other, "settings": {"steps": 4}, "shard_size": 3, "model": TESTS / "train", "version": "2"}
 
     def open_folder(**what):
-        file = JobFile(what["input"])
+        file = Job(JsonLines(what["input"]))
         more = {name: what[name] for name in ("shard_size", "version")}
         return JobFolder(tmp_path / "out", identity(file, what["model"], Defaults(what["settings"]), **more))
 
@@ -245,9 +246,9 @@ def test_a_long_file_is_read_as_far_as_needed(tmp_path):
     with path.open("wb") as file:
         file.write(b'{"modality": "text2text", "prompt": "a"}\n' * 10)
         file.truncate(2**40)  # a hole of a terabyte
-    made = JobFile(path)
+    made = Job(JsonLines(path))
     assert len(next(made.blocks(5)).lines) == 5
-    assert made.fingerprint()["bytes"] == 2**40
+    assert made.source.fingerprint()["bytes"] == 2**40
 
 
 def run(*args) -> subprocess.CompletedProcess:
@@ -380,8 +381,8 @@ def test_a_file_is_not_read_again_and_again_while_others_work(tmp_path, monkeypa
     (tmp_path / "out").mkdir()
     other = Claims(tmp_path / "out" / "claims", "elsewhere-2-b", dead_after=60)
     assert other.take(1) == 0
-    read, blocks = [], JobFile.blocks
-    monkeypatch.setattr(JobFile, "blocks", lambda self, size: read.append(size) or blocks(self, size))
+    read, blocks = [], Job.blocks
+    monkeypatch.setattr(Job, "blocks", lambda self, size: read.append(size) or blocks(self, size))
     monkeypatch.setattr(worker_module, "_LOOK_SECONDS", 0.05)
     timer = threading.Timer(2.0, other.close)
     timer.start()
