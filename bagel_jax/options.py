@@ -205,6 +205,10 @@ class _RequestForm(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         Meta(description="instead of prompt and images: texts and images in any order"),
     ] = None
     seed: Seed = 0
+    image_seeds: Annotated[
+        tuple[Seed, ...] | None,
+        Meta(description="seeds of the posterior samples of an edit's images, one each; default: seed for all"),
+    ] = None
     think: Annotated[bool, Meta(description="let the model plan in words first")] = False
     negative_prompt: Annotated[str | None, Meta(description="what guidance leads away from")] = None
     id: Annotated[str | None, Meta(description="names the request in results; made up if left out")] = None

@@ -227,6 +227,7 @@ class Request:
             seed=form.seed,
             think=form.think,
             negative_prompt=form.negative_prompt,
+            image_seeds=form.image_seeds,
             request_id=form.id,
             **settings_of(form),
         )

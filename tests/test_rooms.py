@@ -14,6 +14,7 @@ MAY_IMPORT = {
     "__init__": {"bagel", "request", "settings", "functional"},
     "run": {"bagel", "demo", "request", "options", "results", "settings", "turns", "command", "hosts"},
     "batch": {"bagel", "demo", "request", "options", "results", "settings", "command"},
+    "verify": {"bagel", "checkpoint", "demo", "request", "config", "settings", "command"},
     "turns": {"engine", "request", "options"},
     "results": {"request"},
     "aot": {

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from bagel_jax import __version__
 from bagel_jax.batch.job import Defaults, Job, identity
 from bagel_jax.batch.output import JobFolder
+from bagel_jax.batch.presets import PRESETS, open_preset, preset_flags
 from bagel_jax.batch.sources import open_source
 from bagel_jax.batch.worker import Counts, Worker
 from bagel_jax.command import BAD_INPUT, DONE, FAILED, INTERRUPTED, Parser, add_flags, from_flags
@@ -60,6 +61,11 @@ def parser() -> argparse.ArgumentParser:
     groups["text"].add_argument("--think", action="store_true", help="let the model plan in words first")
     add_flags(groups, EngineConfig, defaults=True)
     g = p.add_argument_group("job")
+    g.add_argument(
+        "--preset",
+        choices=tuple(PRESETS),
+        help="JOB is this benchmark's own file of prompts; defaults and folders are its official evaluation's",
+    )
     g.add_argument("--shard-size", type=int, default=1000, metavar="N", help="lines a part of the output (%(default)s)")
     g.add_argument("--num-images", type=int, default=1, metavar="N", help="images a line, of N seeds (%(default)s)")
     g.add_argument(
@@ -87,9 +93,19 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+def parsed(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line, with the defaults of its preset, if it has one."""
+    p = parser()
+    args = p.parse_args(argv)
+    if args.preset:
+        p.set_defaults(**preset_flags(args.preset, args.think))
+        args = p.parse_args(argv)
+    return args
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    args = parser().parse_args(argv)
+    args = parsed(argv)
     try:
         return _run(args)
     except InputError as error:
@@ -110,7 +126,8 @@ def _run(args: argparse.Namespace) -> int:
     config = from_flags(args, EngineConfig)
     Settings(**settings_of(args))  # checked here, once, instead of on every line
     usual = _usual(args)
-    job = Job(open_source(args.job))
+    preset = open_preset(args) if args.preset else None
+    job = Job(preset or open_source(args.job))
     model_folder = Path(args.model or MODEL)
     output = output_folder(args.output)
 
@@ -119,6 +136,8 @@ def _run(args: argparse.Namespace) -> int:
     model = Bagel.open(model_folder, args.dtype, config)
     more = {name: getattr(args, name) for name in ("format", "shard_size", "dtype", "vae_tiling")}
     folder = JobFolder(output, identity(job, model_folder, usual, version=__version__, **more))
+    if preset:
+        preset.prepare()
     started = time.perf_counter()
     progress = _Progress(args.progress)
     worker = Worker(job, folder, args.shard_size, usual, dead_after=args.dead_after, tell=progress)
@@ -133,6 +152,8 @@ def _run(args: argparse.Namespace) -> int:
         f"worker answered {worker.counts.done:,} requests in {seconds:.0f} s{kinds}",
         flush=True,
     )
+    if preset:
+        print(preset.lay_out(folder.path), flush=True)
     return STRICT if failed and args.strict else DONE
 
 
