@@ -68,6 +68,9 @@ def parser() -> argparse.ArgumentParser:
         choices=("files", "webdataset"),
         help="images as files, or with the records in a tar file a part (%(default)s)",
     )
+    g.add_argument(
+        "--retry-errors", action="store_true", help="compute lines anew that are errors so far, and only them"
+    )
     g.add_argument("--strict", action="store_true", help=f"exit with {STRICT} if the job is done but lines failed")
     g.add_argument(
         "--grace", type=float, default=20, metavar="S", help="seconds from SIGTERM or SIGINT to the end (%(default)s)"
@@ -121,7 +124,8 @@ def _run(args: argparse.Namespace) -> int:
     folder = JobFolder(output, identity(job, model_folder, usual, version=__version__, **more))
     started = time.perf_counter()
     progress = _Progress(args.progress)
-    worker = Worker(job, folder, args.shard_size, usual, dead_after=args.dead_after, tell=progress)
+    how = {"dead_after": args.dead_after, "retry_errors": args.retry_errors}
+    worker = Worker(job, folder, args.shard_size, usual, **how, tell=progress)
     with contextlib.closing(model), contextlib.closing(progress), signals(worker, args.grace):
         worker.run(model.run_many)
     seconds = time.perf_counter() - started

@@ -55,6 +55,10 @@ class Claims:
         """Whether nobody has the block, or a dead worker."""
         return self._free(self._last(block))
 
+    def blocks(self) -> set[int]:
+        """All blocks that are claimed, by whomever."""
+        return {int(path.stem) for path in self._folder.glob("*.*")}
+
     def mine(self, block: int) -> bool:
         """Whether the block is still this worker's."""
         return block in self._mine and self._last(block) == self._mine[block]

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import tarfile
 import time
 from collections.abc import Iterable, Iterator
 from multiprocessing import forkserver
@@ -52,7 +53,12 @@ def outcome(folder: Path) -> tuple[list[dict], dict[str, bytes]]:
         for line in part.read_text().splitlines():
             record = json.loads(line)
             if record.get("image"):
-                images[record["line"]] = (folder / record.pop("image")).read_bytes()
+                part, _, name = record.pop("image").partition("/")
+                if part.endswith(".tar"):
+                    with tarfile.open(folder / part) as archive:
+                        images[record["line"]] = archive.extractfile(name).read()
+                else:
+                    images[record["line"]] = (folder / part / name).read_bytes()
             records.append({k: v for k, v in record.items() if k not in ("seconds", "image")})
     return records, images
 

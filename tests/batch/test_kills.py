@@ -50,7 +50,7 @@ def kill_at_random(path: Path, out: Path, kills: int, seed: int, **model) -> set
 
 
 @pytest.mark.parametrize(
-    ("count", "kills"), [(150, 6), pytest.param(2400, 100, marks=pytest.mark.slow)], ids=["few", "many"]
+    ("count", "kills"), [(100, 4), pytest.param(2400, 100, marks=pytest.mark.slow)], ids=["few", "many"]
 )
 def test_killed_workers(tmp_path, count, kills):
     """A line has no record, or two, or half an image, after a worker was killed; or good blocks are computed again."""
