@@ -21,6 +21,7 @@ from bagel_jax import __version__
 from bagel_jax.batch.job import Defaults, Job, identity
 from bagel_jax.batch.output import JobFolder
 from bagel_jax.batch.sources import open_source
+from bagel_jax.batch.stats import table
 from bagel_jax.batch.worker import Counts, Worker
 from bagel_jax.command import BAD_INPUT, DONE, FAILED, INTERRUPTED, Parser, add_flags, from_flags
 from bagel_jax.demo.example import MODEL
@@ -131,10 +132,11 @@ def _run(args: argparse.Namespace) -> int:
     seconds = time.perf_counter() - started
     summary = folder.summarize()
     failed = sum(summary["errors"].values())
-    kinds = "".join(f"\n  {count:,} {kind}" for kind, count in sorted(summary["errors"].items()))
+    rate = worker.counts.done / max(seconds, 1e-3)
     print(
         f"{summary['lines']:,} lines in {summary['parts']:,} parts, {failed:,} of them errors, see {folder.path}; this "
-        f"worker answered {worker.counts.done:,} requests in {seconds:.0f} s{kinds}",
+        f"worker answered {worker.counts.done:,} requests in {seconds:.0f} s, {rate:.2f} a second\n{table(summary)}",
+        end="",
         flush=True,
     )
     return STRICT if failed and args.strict else DONE

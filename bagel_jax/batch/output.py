@@ -15,11 +15,11 @@ import os
 import re
 import shutil
 import tarfile
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bagel_jax.batch.stats import summary
 from bagel_jax.errors import InputError
 from bagel_jax.request import Result
 from bagel_jax.results import json_line
@@ -97,17 +97,15 @@ class JobFolder:
 
     def summarize(self) -> dict[str, Any]:
         """When all blocks are done: writes and returns `summary.json`, and removes what killed workers left."""
-        stats = [json.loads(file.read_text(encoding="utf-8")) for file in self.path.glob("part-*.stats.json")]
-        errors = sum((Counter(part["errors"]) for part in stats), Counter())
-        lines = sum(part["lines"] for part in stats)
-        summary = {"lines": lines, "ok": lines - errors.total(), "errors": errors, "parts": len(stats)}
+        files = self.path.glob("part-*.stats.json")
+        found = summary([json.loads(file.read_text(encoding="utf-8")) for file in files])
         shutil.rmtree(self.claims, ignore_errors=True)
         for name in "job", "summary":  # not of parts: somebody may be at work on errors
             for left in self.path.glob(f"{name}.json.*.tmp"):
                 left.unlink(missing_ok=True)
         with contextlib.suppress(FileNotFoundError):  # another worker did so, and has written the same
-            _write(self.path / "summary.json", json.dumps(summary, indent=1) + "\n")
-        return summary
+            _write(self.path / "summary.json", json.dumps(found, indent=1) + "\n")
+        return found
 
     def _records(self, block: int) -> Path:
         return self.path / f"part-{block:05d}.jsonl"

@@ -13,6 +13,7 @@ from typing import Any
 from bagel_jax.batch.claims import Claims, worker_name
 from bagel_jax.batch.job import Block, Defaults, Job, Line, read_line
 from bagel_jax.batch.output import JobFolder, Part, failed, file_names
+from bagel_jax.batch.stats import tally
 from bagel_jax.errors import InputError
 from bagel_jax.request import Request, Result
 from bagel_jax.results import told
@@ -39,7 +40,7 @@ class _Open:
     part: Part
     kept: list[dict[str, Any] | None]  # by lines: records that stay as they are
     said: list[dict[str, Any]]
-    started: float
+    began: float  # by the clock on the wall, for other workers
     # Of each line, what came of its requests, in their order; one entry of a line that is none.
     came: list[list[dict[str, Any] | None]]
     missing: int  # entries
@@ -171,7 +172,7 @@ class Worker:
             kept = [None if failed(record) else record for record in self._folder.records(block.number)]
         part = self._folder.part(block.number, claim, names, [one is not None for one in kept] if again else None)
         came = [[None] * count if one is None else [] for one, count in zip(kept, counts, strict=True)]
-        now = _Open(block.number, part, kept, said, time.perf_counter(), came, sum(map(len, came)))
+        now = _Open(block.number, part, kept, said, time.time(), came, sum(map(len, came)))
         self._open[block.number] = now
         for i, some in enumerate(requests):
             if kept[i] is not None:
@@ -233,11 +234,17 @@ class Worker:
                 now.part.drop()
             else:
                 records = now.records()
-                errors = Counter(record["kind"] for record in records if failed(record))
-                seconds = round(time.perf_counter() - now.started, 3)
-                again = self._folder.done(number)
-                retries = self._folder.stats(number)["retries"] + 1 if again else 0
-                stats = {"lines": len(records), "errors": errors, "seconds": seconds, "retries": retries}
-                now.part.publish(records, stats)
+                now.part.publish(records, self._stats(now, records))
                 self.counts.blocks += 1
             self._claims.release(number)
+
+    def _stats(self, now: _Open, records: list[dict[str, Any]]) -> dict[str, Any]:
+        """What is counted of a block; see `stats.summary`."""
+        before = self._folder.stats(now.number) if self._folder.done(now.number) else {"worked": [], "retries": -1}
+        return {
+            "lines": len(records),
+            "errors": Counter(record["kind"] for record in records if failed(record)),
+            **tally(record for record in records if not failed(record)),
+            "worked": [*before["worked"], [round(now.began, 3), round(time.time(), 3)]],
+            "retries": before["retries"] + 1,
+        }
