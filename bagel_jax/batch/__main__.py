@@ -20,6 +20,7 @@ from tqdm import tqdm
 from bagel_jax import __version__
 from bagel_jax.batch.job import Defaults, Job, identity
 from bagel_jax.batch.output import JobFolder
+from bagel_jax.batch.sheet import write_sheet
 from bagel_jax.batch.sources import open_source
 from bagel_jax.batch.stats import table
 from bagel_jax.batch.worker import Counts, Worker
@@ -131,6 +132,8 @@ def _run(args: argparse.Namespace) -> int:
         worker.run(model.run_many)
     seconds = time.perf_counter() - started
     summary = folder.summarize()
+    if worker.counts.done or not (folder.path / "sheet.png").exists():
+        write_sheet(folder)
     failed = sum(summary["errors"].values())
     rate = worker.counts.done / max(seconds, 1e-3)
     print(

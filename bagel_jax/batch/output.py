@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,11 +83,24 @@ class JobFolder:
         """The counts of a block that is done."""
         return json.loads(self._stats(block).read_text(encoding="utf-8"))
 
-    def with_errors(self) -> dict[int, int]:
-        """Blocks that are done and have errors, and how often these were tried again."""
-        files = self.path.glob("part-*.stats.json")
-        stats = ((number := int(file.name[5:].split(".")[0]), self.stats(number)) for file in files)
-        return {number: one["retries"] for number, one in stats if one["errors"] and self.done(number)}
+    def all_stats(self) -> dict[int, dict[str, Any]]:
+        """The counts of all blocks that are done, in order."""
+        numbers = sorted(int(file.name[5:].split(".")[0]) for file in self.path.glob("part-*.stats.json"))
+        return {number: self.stats(number) for number in numbers if self.done(number)}
+
+    @contextlib.contextmanager
+    def images(self, block: int) -> Iterator[Callable[[str], bytes]]:
+        """What reads images of a block that is done, by the names that its records give them."""
+        if self.tar:
+            with tarfile.open(self.path / f"part-{block:05d}.tar") as archive:
+                yield lambda name: archive.extractfile(name.partition("/")[2]).read()
+        else:
+            yield lambda name: (self.path / name).read_bytes()
+
+    def write(self, name: str, data: bytes) -> None:
+        """Writes a file of the whole job, as a whole."""
+        with contextlib.suppress(FileNotFoundError):  # another worker is at the same, and has just removed what is left
+            _write(self.path / name, data)
 
     def part(self, block: int, claim: int, files: Sequence[Sequence[str]], kept: Sequence[bool] | None = None) -> Part:
         """Where the results of a block's lines are put meanwhile; what dead workers left of it is removed."""
@@ -97,14 +110,12 @@ class JobFolder:
 
     def summarize(self) -> dict[str, Any]:
         """When all blocks are done: writes and returns `summary.json`, and removes what killed workers left."""
-        files = self.path.glob("part-*.stats.json")
-        found = summary([json.loads(file.read_text(encoding="utf-8")) for file in files])
+        found = summary(list(self.all_stats().values()))
         shutil.rmtree(self.claims, ignore_errors=True)
-        for name in "job", "summary":  # not of parts: somebody may be at work on errors
-            for left in self.path.glob(f"{name}.json.*.tmp"):
+        for name in "job.json", "summary.json", "sheet.png":  # not of parts: somebody may be at work on errors
+            for left in self.path.glob(f"{name}.*.tmp"):
                 left.unlink(missing_ok=True)
-        with contextlib.suppress(FileNotFoundError):  # another worker did so, and has written the same
-            _write(self.path / "summary.json", json.dumps(found, indent=1) + "\n")
+        self.write("summary.json", (json.dumps(found, indent=1) + "\n").encode())
         return found
 
     def _records(self, block: int) -> Path:
@@ -166,7 +177,7 @@ class Part:
             self._images.rmdir()
         texts = {"stats.json": json.dumps(stats) + "\n", "jsonl": "".join(map(json_line, records))}
         for ending in texts if self._kept is None else reversed(texts):
-            _write(self._folder / f"{self._name}.{ending}", texts[ending])
+            _write(self._folder / f"{self._name}.{ending}", texts[ending].encode())
 
     def drop(self) -> None:
         """Removes what there is."""
@@ -241,11 +252,11 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f"{path.name}.{os.urandom(6).hex()}.tmp")
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, data: bytes) -> None:
     """A whole file, at once; on the disk before it is seen."""
     new = _temporary(path)
-    with new.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with new.open("wb") as file:
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
     new.replace(path)

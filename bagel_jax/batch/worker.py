@@ -102,7 +102,8 @@ class Worker:
             OSError: the folder cannot be written to any more.
         """
         # Known before anything is done: what fails from now on, here or elsewhere, is not tried again.
-        errors = self._folder.with_errors() if self._retry_errors else {}
+        found = self._folder.all_stats() if self._retry_errors else {}
+        errors = {number: stats["retries"] for number, stats in found.items() if stats["errors"]}
         self._round(run_many, self._folder.claims, lambda number: not self._folder.done(number))
         if errors and not self.stopped:
             self._round(
@@ -189,7 +190,10 @@ class Worker:
         self._publish(now)
 
     def _read(self, line: Line) -> tuple[dict[str, Any], tuple[Request, ...] | Exception]:
-        return read_line(line, self._job.source.base, self._usual)
+        said, requests = read_line(line, self._job.source.base, self._usual)
+        if isinstance(requests, tuple):
+            said.setdefault("prompt", requests[0].prompt)  # of those with `inputs`
+        return said, requests
 
     def _note(self, request: Request, outcome: Result | Exception) -> None:
         number, i, k = map(int, request.request_id.split(":"))
