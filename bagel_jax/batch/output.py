@@ -74,6 +74,10 @@ class JobFolder:
         """Whether a block's results are there."""
         return self._records(block).exists()
 
+    def count(self) -> int:
+        """How many blocks are done."""
+        return sum(1 for _ in self.path.glob("part-*.jsonl"))
+
     def records(self, block: int) -> list[dict[str, Any]]:
         """What a block that is done has of its lines."""
         with self._records(block).open(encoding="utf-8") as file:

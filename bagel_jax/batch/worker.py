@@ -71,7 +71,6 @@ class Worker:
         usual: for lines that do not say otherwise.
         dead_after: seconds without a sign of life after which another worker's block is taken over.
         retry_errors: whether lines that are errors when `run` begins are computed anew.
-        tell: called with `Counts` after each line.
     """
 
     def __init__(
@@ -83,28 +82,31 @@ class Worker:
         *,
         dead_after: float = 30.0,
         retry_errors: bool = False,
-        tell: Callable[[Counts], None] = lambda _: None,
     ):
         self._job, self._folder, self._size = job, folder, shard_size
-        self._usual, self._dead_after, self._retry_errors, self._tell = usual, dead_after, retry_errors, tell
+        self._usual, self._dead_after, self._retry_errors = usual, dead_after, retry_errors
         self._open: dict[int, _Open] = {}
         self._claims: Claims | None = None
         self._ending = threading.Lock()  # whoever has it publishes, or lets go of everything
+        self._retrying = False
         self.counts, self.stopped = Counts(), False
 
-    def run(self, run_many: RunMany) -> None:
+    def run(self, run_many: RunMany, tell: Callable[[Counts], None] = lambda _: None) -> None:
         """Works until every block of the job is done, by this worker or another, or until `stop`.
 
         Args:
             run_many: `Bagel.run_many`, or what does the same.
+            tell: called after each request.
 
         Raises:
             OSError: the folder cannot be written to any more.
         """
+        self._tell = tell
         # Known before anything is done: what fails from now on, here or elsewhere, is not tried again.
         found = self._folder.all_stats() if self._retry_errors else {}
         errors = {number: stats["retries"] for number, stats in found.items() if stats["errors"]}
         self._round(run_many, self._folder.claims, lambda number: not self._folder.done(number))
+        self._retrying = bool(errors)
         if errors and not self.stopped:
             self._round(
                 run_many,
@@ -133,6 +135,18 @@ class Worker:
                     self._claims.release(number)
         finally:
             self.let_go()
+
+    def lines(self) -> tuple[float, float | None]:
+        """How many lines of the job all workers have done, and how many there are, as far as is known.
+
+        Blocks that others have in work are taken to be half done, or in the beginning as far as this worker's.
+        """
+        if self._retrying:
+            return 0.0, None
+        own = [1 - block.missing / max(1, sum(map(len, block.came))) for block in list(self._open.values())]
+        others = max(0, len(self._claims.blocks()) - len(own))
+        far = 0.5 if self.counts.blocks else min([0.5, *own])
+        return self._size * (self._folder.count() + sum(own) + others * far), self._job.count()
 
     def stop(self) -> bool:
         """Takes no more requests in; returns whether a block can still be finished by what the model has."""
