@@ -109,6 +109,7 @@ def told(request: Request, result: Result) -> dict[str, Any]:
         "seconds": {phase: round(seconds, 4) for phase, seconds in result.seconds.items()},
         "time_to_first_token": _rounded(result.time_to_first_token),
         "tokens_per_second": _rounded(result.tokens_per_second),
+        "decoded_tokens": result.decoded_tokens,
         "cached_prefix_tokens": result.cached_prefix_tokens,
         "notes": list(result.notes),
     }

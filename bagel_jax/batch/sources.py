@@ -15,6 +15,9 @@ _END_BYTES = 2**16  # of a file's beginning and end that its fingerprint holds
 class Source(Protocol):
     """What a job is read from.
 
+    One may also have `count() -> float | None`: how many requests there are, as far as is known without reading on.
+    Only what progress is told depends on it.
+
     Attributes:
         name: what errors call it.
         base: the folder that images' paths start from.
@@ -39,6 +42,7 @@ class JsonLines:
 
     def __init__(self, path: Path):
         self.name, self.base, self._path = str(path), path.parent, path
+        self._seen = 0, 0  # bytes and lines, as far as the file was ever read
         try:
             with path.open("rb"):
                 self._size = path.stat().st_size
@@ -50,7 +54,19 @@ class JsonLines:
         with self._path.open("rb") as file:
             if file.read(3) != b"\xef\xbb\xbf":  # what some editors put before UTF-8
                 file.seek(0)
-            yield from (line for line in file if line.strip())
+            read, count = file.tell(), 0
+            for line in file:
+                read += len(line)
+                if line.strip():
+                    count += 1
+                    self._seen = max(self._seen, (read, count))
+                    yield line
+            self._seen = read, count
+
+    def count(self) -> float | None:
+        """How many lines there are if the rest are as long as those that were read."""
+        read, count = self._seen
+        return count * self._size / read if read else None
 
     def fingerprint(self) -> dict[str, Any]:
         """Its length, its beginning and its end, however long it is."""
