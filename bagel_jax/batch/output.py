@@ -15,10 +15,12 @@ import re
 import shutil
 import tarfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bagel_jax.batch.openai_answers import answer
+from bagel_jax.batch.records import apart, failed, uniform
 from bagel_jax.errors import InputError
 from bagel_jax.request import Result
 from bagel_jax.results import json_line
@@ -123,26 +125,45 @@ class Part:
             shutil.rmtree(images)
         if self._tar:
             self._write_tar(records)
+        records_file = self._folder / f"{self._name}.jsonl"
+        whole = _written(records_file, map(json_line, map(self._told, records)))  # one in memory: images may be in them
+        if self._tar:
             self.drop()
         elif any(self._images.iterdir()):
             self._images.rename(images)
         else:
             self._images.rmdir()
         _write(self._folder / f"{self._name}.stats.json", json.dumps(stats) + "\n")
-        _write(self._folder / f"{self._name}.jsonl", "".join(map(json_line, records)))
+        whole.replace(records_file)
 
     def drop(self) -> None:
         """Removes what there is."""
         shutil.rmtree(self._images, ignore_errors=True)
 
+    def _told(self, record: dict[str, Any]) -> dict[str, Any]:
+        """A record in the form in which its line was asked."""
+        return answer(record, self._taken, embed=not self._tar) if "openai" in record else uniform(record)
+
+    def _taken(self, image: str) -> bytes:
+        """An image that is to stand in its record; in a tar file it has a place of its own as well."""
+        file = self._images / Path(image).name
+        data = file.read_bytes()
+        if not self._tar:
+            file.unlink()
+        return data
+
     def _write_tar(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """A member a file: each record, and beside it, called alike, its image, as webdataset's readers have it."""
+        """A member a file: each record, and beside it, called alike, its image, as webdataset's readers have it.
+
+        What failed is no sample: readers expect the same files of all.
+        """
         new = _temporary(self._folder / f"{self._name}.tar")
         with tarfile.open(new, "w") as archive:
             for files, record in zip(self._files, records, strict=True):
-                whole = {key: value for key, value in record.items() if key != "images"}
-                for name, one in zip(files, record.get("images", [record]), strict=True):
-                    data = json_line(whole | one).encode()
+                if failed(record):
+                    continue
+                for name, one in zip(files, apart(self._told(record)), strict=True):
+                    data = json_line(one).encode()
                     member = tarfile.TarInfo(f"{name}.json")
                     member.size = len(data)
                     archive.addfile(member, io.BytesIO(data))
@@ -190,9 +211,14 @@ def _temporary(path: Path) -> Path:
 
 def _write(path: Path, text: str) -> None:
     """A whole file, at once; on the disk before it is seen."""
+    _written(path, [text]).replace(path)
+
+
+def _written(path: Path, lines: Iterable[str]) -> Path:
+    """A file that has only to be renamed to what it shall be."""
     new = _temporary(path)
     with new.open("w", encoding="utf-8") as file:
-        file.write(text)
+        file.writelines(lines)
         file.flush()
         os.fsync(file.fileno())
-    new.replace(path)
+    return new

@@ -12,6 +12,7 @@ from typing import Any
 from bagel_jax.batch.claims import Claims, worker_name
 from bagel_jax.batch.job import Block, Defaults, Job, Line, read_line
 from bagel_jax.batch.output import JobFolder, Part, file_names
+from bagel_jax.batch.records import failed
 from bagel_jax.errors import InputError
 from bagel_jax.request import Request, Result
 from bagel_jax.results import told
@@ -206,7 +207,7 @@ class Worker:
                 now.part.drop()
             else:
                 records = now.records()
-                errors = Counter(record["kind"] for record in records if record["status"] == "error")
+                errors = Counter(record["kind"] for record in records if failed(record))
                 seconds = round(time.perf_counter() - now.started, 3)
                 now.part.publish(records, {"lines": len(records), "errors": errors, "seconds": seconds})
                 self.counts.blocks += 1
