@@ -15,13 +15,14 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tqdm import tqdm
-
 from bagel_jax import __version__
 from bagel_jax.batch.job import Defaults, Job, identity
 from bagel_jax.batch.output import JobFolder
+from bagel_jax.batch.progress import Progress, device_memory
+from bagel_jax.batch.sheet import write_sheet
 from bagel_jax.batch.sources import open_source
-from bagel_jax.batch.worker import Counts, Worker
+from bagel_jax.batch.stats import table
+from bagel_jax.batch.worker import Worker
 from bagel_jax.command import BAD_INPUT, DONE, FAILED, INTERRUPTED, Parser, add_flags, from_flags
 from bagel_jax.demo.example import MODEL
 from bagel_jax.errors import InputError
@@ -30,7 +31,6 @@ from bagel_jax.results import output_folder
 from bagel_jax.settings import EngineConfig
 
 STRICT = 3  # exit code of a job that is done, with errors in it
-_LOG_SECONDS = 30.0
 
 
 def parser() -> argparse.ArgumentParser:
@@ -75,6 +75,9 @@ def parser() -> argparse.ArgumentParser:
         default="files",
         choices=("files", "webdataset"),
         help="images as files, or with the records in a tar file a part (%(default)s)",
+    )
+    g.add_argument(
+        "--retry-errors", action="store_true", help="compute lines anew that are errors so far, and only them"
     )
     g.add_argument("--strict", action="store_true", help=f"exit with {STRICT} if the job is done but lines failed")
     g.add_argument(
@@ -131,17 +134,21 @@ def _run(args: argparse.Namespace) -> int:
     more = {name: getattr(args, name) for name in ("format", "shard_size", "dtype", "vae_tiling")}
     folder = JobFolder(output, identity(job, model_folder, usual, version=__version__, **more))
     started = time.perf_counter()
-    progress = _Progress(args.progress)
-    worker = Worker(job, folder, args.shard_size, usual, dead_after=args.dead_after, tell=progress)
+    how = {"dead_after": args.dead_after, "retry_errors": args.retry_errors}
+    worker = Worker(job, folder, args.shard_size, usual, **how)
+    progress = Progress(args.progress, worker.lines, device_memory)
     with contextlib.closing(model), contextlib.closing(progress), signals(worker, args.grace):
-        worker.run(model.run_many)
+        worker.run(model.run_many, progress)
     seconds = time.perf_counter() - started
     summary = folder.summarize()
+    if worker.counts.done or not (folder.path / "sheet.png").exists():
+        write_sheet(folder)
     failed = sum(summary["errors"].values())
-    kinds = "".join(f"\n  {count:,} {kind}" for kind, count in sorted(summary["errors"].items()))
+    rate = worker.counts.done / max(seconds, 1e-3)
     print(
         f"{summary['lines']:,} lines in {summary['parts']:,} parts, {failed:,} of them errors, see {folder.path}; this "
-        f"worker answered {worker.counts.done:,} requests in {seconds:.0f} s{kinds}",
+        f"worker answered {worker.counts.done:,} requests in {seconds:.0f} s, {rate:.2f} a second\n{table(summary)}",
+        end="",
         flush=True,
     )
     return STRICT if failed and args.strict else DONE
@@ -152,31 +159,6 @@ def _usual(args: argparse.Namespace) -> Defaults:
     given = {"modality": args.modality, "think": args.think or None, "negative_prompt": args.negative_prompt}
     said = settings_of(args) | {name: value for name, value in given.items() if value is not None}
     return Defaults(said, args.seed, args.num_images)
-
-
-class _Progress:
-    """Tells how far this worker is: a bar in a terminal, a line now and then in a file."""
-
-    def __init__(self, how: str):
-        bar = how == "bar" or (how == "auto" and sys.stderr.isatty())
-        self._bar = tqdm(unit="request", file=sys.stderr) if bar else None
-        self._log = not bar and how != "none"
-        self._started = self._told = time.monotonic()
-
-    def __call__(self, counts: Counts) -> None:
-        """After a line."""
-        if self._bar is not None:
-            self._bar.update(counts.done - self._bar.n)
-            self._bar.set_postfix(errors=counts.errors, refresh=False)
-        now = time.monotonic()
-        if self._log and now - self._told > _LOG_SECONDS:
-            self._told, rate = now, counts.done / (now - self._started)
-            print(f"{counts.done:,} done, {counts.errors:,} errors, {rate:.2f} requests/s", file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        """Ends the bar."""
-        if self._bar is not None:
-            self._bar.close()
 
 
 @contextlib.contextmanager

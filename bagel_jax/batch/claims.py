@@ -36,9 +36,9 @@ class Claims:
 
     def take(self, block: int) -> int | None:
         """Claims a block; returns the number of the claim, above 0 where a dead worker had it, or None: another's."""
-        if not self.free(block):
+        last = self._last(block)  # one look: a second might see a claim that another has made since
+        if not self._free(last):
             return None
-        last = self._last(block)
         number = 0 if last is None else int(last.suffix[1:]) + 1
         path = self._folder / f"{block:05d}.{number}"
         self._folder.mkdir(parents=True, exist_ok=True)  # who lets go of the last claim removes it
@@ -53,8 +53,11 @@ class Claims:
 
     def free(self, block: int) -> bool:
         """Whether nobody has the block, or a dead worker."""
-        last = self._last(block)
-        return last is None or self._dead(last)
+        return self._free(self._last(block))
+
+    def blocks(self) -> set[int]:
+        """All blocks that are claimed, by whomever."""
+        return {int(path.stem) for path in self._folder.glob("*.*")}
 
     def mine(self, block: int) -> bool:
         """Whether the block is still this worker's."""
@@ -81,6 +84,9 @@ class Claims:
     def _last(self, block: int) -> Path | None:
         found = list(self._folder.glob(f"{block:05d}.*"))
         return max(found, key=lambda path: int(path.suffix[1:]), default=None)
+
+    def _free(self, last: Path | None) -> bool:
+        return last is None or self._dead(last)
 
     def _dead(self, claim: Path) -> bool:
         try:

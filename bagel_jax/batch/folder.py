@@ -30,6 +30,7 @@ class ImageFolder:
 
     def __init__(self, path: Path, modality: str | None, prompts: Sequence[str] | None):
         self.name, self.base, self._modality, self._prompts = str(path), path, modality, prompts
+        self._count: int | None = None
         if not prompts:
             raise InputError(f"the job {path} is a folder and there are no --prompts; say what to do with its images")
         if modality not in _MODALITIES:
@@ -47,12 +48,17 @@ class ImageFolder:
                 said = {"modality": self._modality, "prompt": prompt, "image": str(path), "id": name + end}
                 yield json.dumps(said | {"metadata": {"image": path.as_posix()}}).encode()
 
+    def count(self) -> int | None:
+        """How many lines there are, once a fingerprint was taken."""
+        return self._count
+
     def fingerprint(self) -> dict[str, Any]:
         """The names and sizes of all images, and the prompts."""
         digest, images = hashlib.sha256(), 0
         for image in self._images():
             digest.update(b"%d %s\n" % (image.stat().st_size, os.fsencode(image.relative_to(self.base))))
             images += 1
+        self._count = images * len(self._prompts)
         return {"images": images, "sha256": digest.hexdigest(), "prompts": list(self._prompts)}
 
     def _images(self) -> Iterator[Path]:

@@ -53,6 +53,11 @@ class Job:
                 return
             yield Block(number, block)
 
+    def count(self) -> float | None:
+        """How many lines there are, as far as the source knows."""
+        count = getattr(self.source, "count", None)
+        return None if count is None else count()
+
 
 @dataclass(frozen=True)
 class Defaults:

@@ -127,10 +127,12 @@ def heading(line: Mapping[str, Any], number: int, text: bytes) -> dict[str, Any]
     """
     name = hashlib.sha256(b"%d\n" % number + text.strip()).hexdigest()[:24]
     body = line.get("body")
-    model, form = (body.get(key) if isinstance(body, Mapping) else None for key in ("model", "response_format"))
+    said = body if isinstance(body, Mapping) else {}
+    n, model, form = (said.get(key) for key in ("n", "model", "response_format"))
     return {
         "name": name,
         "custom_id": line.get("custom_id"),
+        "n": n if type(n) is int and 1 <= n <= MAX_N else None,
         "chat": line.get("url") == CHAT,
         "model": model if isinstance(model, str) else "bagel",
         "response_format": form,

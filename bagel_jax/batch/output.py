@@ -3,6 +3,7 @@
 `job.json` says which job it is. `part-00007.jsonl` has a record a line of block 7; it appears last, whole, and says
 that the block is done. Its images are in `part-00007/`, or with the records in `part-00007.tar`, its counts in
 `part-00007.stats.json`. What a worker writes meanwhile is in `part-00007.NUMBER.tmp/`, by the number of its claim.
+When errors are tried again, the counts come last, with one more in `retries`.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ import os
 import re
 import shutil
 import tarfile
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from bagel_jax.batch.openai_answers import answer
 from bagel_jax.batch.records import apart, failed, uniform
+from bagel_jax.batch.stats import summary
 from bagel_jax.errors import InputError
 from bagel_jax.request import Result
 from bagel_jax.results import json_line
@@ -66,31 +67,68 @@ class JobFolder:
         """Where workers claim blocks."""
         return self.path / "claims"
 
+    @property
+    def retries(self) -> Path:
+        """Where workers claim blocks whose errors they try again; others, for whom the job is done, leave it alone."""
+        return self.path / "claims-retry"
+
     def done(self, block: int) -> bool:
         """Whether a block's results are there."""
         return self._records(block).exists()
 
-    def part(self, block: int, claim: int, files: Sequence[Sequence[str]]) -> Part:
+    def count(self) -> int:
+        """How many blocks are done."""
+        return sum(1 for _ in self.path.glob("part-*.jsonl"))
+
+    def records(self, block: int) -> list[dict[str, Any]]:
+        """What a block that is done has of its lines."""
+        with self._records(block).open(encoding="utf-8") as file:
+            return list(map(json.loads, file))
+
+    def stats(self, block: int) -> dict[str, Any]:
+        """The counts of a block that is done."""
+        return json.loads(self._stats(block).read_text(encoding="utf-8"))
+
+    def all_stats(self) -> dict[int, dict[str, Any]]:
+        """The counts of all blocks that are done, in order."""
+        numbers = sorted(int(file.name[5:].split(".")[0]) for file in self.path.glob("part-*.stats.json"))
+        return {number: self.stats(number) for number in numbers if self.done(number)}
+
+    @contextlib.contextmanager
+    def images(self, block: int) -> Iterator[Callable[[str], bytes]]:
+        """What reads images of a block that is done, by the names that its records give them."""
+        if self.tar:
+            with tarfile.open(self.path / f"part-{block:05d}.tar") as archive:
+                yield lambda name: archive.extractfile(name.partition("/")[2]).read()
+        else:
+            yield lambda name: (self.path / name).read_bytes()
+
+    def write(self, name: str, data: bytes) -> None:
+        """Writes a file of the whole job, as a whole."""
+        with contextlib.suppress(FileNotFoundError):  # another worker is at the same, and has just removed what is left
+            _write(self.path / name, data)
+
+    def part(self, block: int, claim: int, files: Sequence[Sequence[str]], kept: Sequence[bool] | None = None) -> Part:
         """Where the results of a block's lines are put meanwhile; what dead workers left of it is removed."""
         for left in self.path.glob(f"part-{block:05d}.*.tmp*"):
             shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
-        return Part(self.path, block, claim, files, tar=self.tar)
+        return Part(self.path, block, claim, files, kept, tar=self.tar)
 
     def summarize(self) -> dict[str, Any]:
         """When all blocks are done: writes and returns `summary.json`, and removes what killed workers left."""
-        stats = [json.loads(file.read_text(encoding="utf-8")) for file in self.path.glob("part-*.stats.json")]
-        errors = sum((Counter(part["errors"]) for part in stats), Counter())
-        lines = sum(part["lines"] for part in stats)
-        summary = {"lines": lines, "ok": lines - errors.total(), "errors": errors, "parts": len(stats)}
+        found = summary(list(self.all_stats().values()))
         shutil.rmtree(self.claims, ignore_errors=True)
-        for left in self.path.glob("*.json.*.tmp"):
-            left.unlink(missing_ok=True)
-        with contextlib.suppress(FileNotFoundError):  # another worker did so, and has written the same
-            _write(self.path / "summary.json", json.dumps(summary, indent=1) + "\n")
-        return summary
+        for name in "job.json", "summary.json", "sheet.png":  # not of parts: somebody may be at work on errors
+            for left in self.path.glob(f"{name}.*.tmp"):
+                left.unlink(missing_ok=True)
+        self.write("summary.json", (json.dumps(found, indent=1) + "\n").encode())
+        return found
 
     def _records(self, block: int) -> Path:
         return self.path / f"part-{block:05d}.jsonl"
+
+    def _stats(self, block: int) -> Path:
+        return self.path / f"part-{block:05d}.stats.json"
 
 
 class Part:
@@ -100,11 +138,21 @@ class Part:
         folder: the job's.
         block, claim: their numbers.
         files: see `file_names`.
+        kept: whether a line's results stay as they are; None: the block is not done yet.
         tar: whether images go into a tar file.
     """
 
-    def __init__(self, folder: Path, block: int, claim: int, files: Sequence[Sequence[str]], *, tar: bool):
-        self._name, self._files, self._tar = f"part-{block:05d}", files, tar
+    def __init__(
+        self,
+        folder: Path,
+        block: int,
+        claim: int,
+        files: Sequence[Sequence[str]],
+        kept: Sequence[bool] | None,
+        *,
+        tar: bool,
+    ):
+        self._name, self._files, self._kept, self._tar = f"part-{block:05d}", files, kept, tar
         self._folder, self._images = folder, folder / f"{self._name}.{claim}.tmp"
         self._images.mkdir(exist_ok=True)
 
@@ -119,22 +167,28 @@ class Part:
         return record
 
     def publish(self, records: list[dict[str, Any]], stats: Mapping[str, Any]) -> None:
-        """Makes all results of the block visible; the records come last."""
+        """Makes all results of the block visible; what says that they are there comes last."""
         images = self._folder / self._name
-        if images.exists():  # of a worker that died here
-            shutil.rmtree(images)
         if self._tar:
             self._write_tar(records)
         records_file = self._folder / f"{self._name}.jsonl"
-        whole = _written(records_file, map(json_line, map(self._told, records)))  # one in memory: images may be in them
+        # One in memory: there may be images in them.
+        whole = _written(records_file, (json_line(self._told(record)).encode() for record in records))
         if self._tar:
             self.drop()
-        elif any(self._images.iterdir()):
-            self._images.rename(images)
+        elif self._kept is None:
+            if images.exists():  # of a worker that died here
+                shutil.rmtree(images)
+            self._images.rename(images) if any(self._images.iterdir()) else self._images.rmdir()
         else:
+            for image in list(self._images.iterdir()):  # no record has these names yet, but one that is an error
+                images.mkdir(exist_ok=True)
+                image.replace(images / image.name)
             self._images.rmdir()
-        _write(self._folder / f"{self._name}.stats.json", json.dumps(stats) + "\n")
-        whole.replace(records_file)
+        stats_file = self._folder / f"{self._name}.stats.json"
+        files = [(_written(stats_file, [json.dumps(stats).encode(), b"\n"]), stats_file), (whole, records_file)]
+        for new, path in files if self._kept is None else reversed(files):
+            new.replace(path)
 
     def drop(self) -> None:
         """Removes what there is."""
@@ -142,7 +196,9 @@ class Part:
 
     def _told(self, record: dict[str, Any]) -> dict[str, Any]:
         """A record in the form in which its line was asked."""
-        return answer(record, self._taken, embed=not self._tar) if "openai" in record else uniform(record)
+        if "openai" in record:
+            return answer(record, self._taken, embed=not self._tar)
+        return record if "response" in record else uniform(record)  # the former was told before and is kept
 
     def _taken(self, image: str) -> bytes:
         """An image that is to stand in its record; in a tar file it has a place of its own as well."""
@@ -157,9 +213,13 @@ class Part:
 
         What failed is no sample: readers expect the same files of all.
         """
-        new = _temporary(self._folder / f"{self._name}.tar")
-        with tarfile.open(new, "w") as archive:
-            for files, record in zip(self._files, records, strict=True):
+        path = self._folder / f"{self._name}.tar"
+        new = _temporary(path)
+        with contextlib.ExitStack() as stack:
+            archive = stack.enter_context(tarfile.open(new, "w"))
+            before = None if self._kept is None else stack.enter_context(tarfile.open(path))
+            there = set() if before is None else set(before.getnames())
+            for i, (files, record) in enumerate(zip(self._files, records, strict=True)):
                 if failed(record):
                     continue
                 for name, one in zip(files, apart(self._told(record)), strict=True):
@@ -168,9 +228,13 @@ class Part:
                     member.size = len(data)
                     archive.addfile(member, io.BytesIO(data))
                     image = self._images / f"{name}.png"
-                    if image.exists():
+                    if before is not None and self._kept[i]:
+                        if image.name in there:
+                            member = before.getmember(image.name)
+                            archive.addfile(member, before.extractfile(member))
+                    elif image.exists():
                         archive.add(image, image.name, filter=_without_owner)
-        new.replace(self._folder / f"{self._name}.tar")
+        new.replace(path)
 
 
 def _without_owner(member: tarfile.TarInfo) -> tarfile.TarInfo:
@@ -179,28 +243,33 @@ def _without_owner(member: tarfile.TarInfo) -> tarfile.TarInfo:
     return member
 
 
-def file_names(said: Sequence[Mapping[str, Any]], counts: Sequence[int], *, dots: bool) -> list[list[str]]:
+def file_names(
+    said: Sequence[Mapping[str, Any]], counts: Sequence[int], num_images: int, *, dots: bool
+) -> list[list[str]]:
     """What the images of lines are called, without `.png`.
 
-    As the line's id where that can be and none before it is, else by its number; with `-0`, `-1`, … of several.
+    As the line's id where that can be and none before it is, else by its number; with `-0`, `-1`, … of several. How
+    many images other lines have makes no difference: one that is an error today may have some when it is tried again.
 
     Args:
-        said: `id` and `line` of each line.
+        said: `id` and `line` of each line, and `openai` of those in that form.
         counts: how many images each has.
+        num_images: how many a line may have that does not say it.
         dots: whether there may be dots in names, which webdataset takes for the beginning of an ending.
     """
     names, found = set(), []
     for one, count in zip(said, counts, strict=True):
+        most = one.get("openai", {}).get("n") or num_images
+        ends = [f"-{k}" for k in range(most)] if most > 1 else []
         wanted = str(one["id"])
         if not _PLAIN.fullmatch(wanted) or ("." in wanted and not dots):
             wanted = f"line-{one['line']}"
-        ends = [f"-{k}" for k in range(count)] if count > 1 else [""]
-        if any((wanted + end).lower() in names for end in ends):
+        if any((wanted + end).lower() in names for end in ("", *ends)):
             wanted = f"line-{one['line']}"
-        while any((wanted + end).lower() in names for end in ends):
+        while any((wanted + end).lower() in names for end in ("", *ends)):
             wanted += "_"
-        found.append([wanted + end for end in ends])
-        names |= {name.lower() for name in found[-1]}
+        found.append([wanted + end for end in ends] if count > 1 else [wanted])
+        names |= {(wanted + end).lower() for end in ("", *ends)}
     return found
 
 
@@ -209,15 +278,15 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f"{path.name}.{os.urandom(6).hex()}.tmp")
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, data: bytes) -> None:
     """A whole file, at once; on the disk before it is seen."""
-    _written(path, [text]).replace(path)
+    _written(path, [data]).replace(path)
 
 
-def _written(path: Path, lines: Iterable[str]) -> Path:
+def _written(path: Path, lines: Iterable[bytes]) -> Path:
     """A file that has only to be renamed to what it shall be."""
     new = _temporary(path)
-    with new.open("w", encoding="utf-8") as file:
+    with new.open("wb") as file:
         file.writelines(lines)
         file.flush()
         os.fsync(file.fileno())

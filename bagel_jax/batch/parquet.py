@@ -34,7 +34,8 @@ class ParquetRows:
             for column in table.schema_arrow.names:
                 if column not in known:
                     raise InputError(f"the job {path} has a column {column}; it may have {', '.join(known)}")
-            if not table.metadata.num_rows:
+            self._rows = table.metadata.num_rows
+            if not self._rows:
                 raise InputError(f"the job {path} has no row; it must have one a request")
 
     def lines(self) -> Iterator[bytes]:
@@ -42,6 +43,10 @@ class ParquetRows:
         with self._opened() as table:
             for batch in table.iter_batches(batch_size=_ROWS):
                 yield from map(_json, batch.to_pylist(maps_as_pydicts="lossy"))
+
+    def count(self) -> int:
+        """How many rows there are."""
+        return self._rows
 
     def fingerprint(self) -> dict[str, Any]:
         """The file's length, its beginning, and its end, where it says of all columns what is in them."""

@@ -37,6 +37,17 @@ def failed(record: Mapping[str, Any]) -> bool:
     return record["response"]["status_code"] != 200 if "response" in record else record["status"] == "error"
 
 
+def answers(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What a record, which is no error, says of each image or text; of OpenAI's no more than they have."""
+    if "response" not in record:
+        return record.get("images", [record])
+    body = record["response"]["body"]
+    if "data" in body:
+        return [{"image": one.get("url", "")} for one in body["data"]]
+    tokens = body.get("usage", {}).get("completion_tokens", 0)  # of all of them
+    return [{"image": None, "decoded_tokens": 0 if i else tokens} for i, _ in enumerate(body["choices"])]
+
+
 def apart(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A line's record, which is no error, as one for each of its images or texts."""
     if "response" in record:

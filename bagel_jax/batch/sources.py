@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +15,9 @@ from bagel_jax.errors import InputError
 
 class Source(Protocol):
     """What a job is read from.
+
+    One may also have `count() -> float | None`: how many requests there are, as far as is known without reading on.
+    Only what progress is told depends on it.
 
     Attributes:
         name: what errors call it.
@@ -39,14 +43,28 @@ class JsonLines:
 
     def __init__(self, path: Path):
         self.name, self.base, self._path = str(path), path.parent, path
-        open_file(path).close()
+        self._seen = 0, 0  # bytes and lines, as far as the file was ever read
+        with open_file(path) as file:
+            self._size = file.seek(0, os.SEEK_END)
 
     def lines(self) -> Iterator[bytes]:
         """All lines but blank ones."""
         with open_file(self._path) as file:
             if file.read(3) != b"\xef\xbb\xbf":  # what some editors put before UTF-8
                 file.seek(0)
-            yield from (line for line in file if line.strip())
+            read, count = file.tell(), 0
+            for line in file:
+                read += len(line)
+                if line.strip():
+                    count += 1
+                    self._seen = max(self._seen, (read, count))
+                    yield line
+            self._seen = read, count
+
+    def count(self) -> float | None:
+        """How many lines there are if the rest are as long as those that were read."""
+        read, count = self._seen
+        return count * self._size / read if read else None
 
     def fingerprint(self) -> dict[str, Any]:
         """Its length, its beginning and its end."""

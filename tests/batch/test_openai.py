@@ -304,3 +304,28 @@ def test_what_is_refused(tmp_path, line, message):
     whole = answer(said | {"status": "error", "kind": "InputError", "error": str(error)}, bytes, embed=True)
     assert whole["custom_id"] == line["custom_id"]
     assert whole["response"]["status_code"] == 400
+
+
+@pytest.mark.parametrize("tar", [False, True])
+def test_errors_are_tried_again(job, tmp_path, tar):
+    """Good answers are lost, told twice, or counted as nothing when a bad one is tried again."""
+    with job.open("a") as file:
+        for name, more in (("edit-later", {"image": "later.png", "n": 2}), ("edit-later-0", {"image": URL})):
+            body = {"prompt": "a", "seed": 9, "response_format": "url", **more}
+            file.write("\n" + json.dumps(asked(EDITS, body, name)))
+    work(job, tmp_path / "out", 100, tar=tar)
+    before = records(tmp_path / "out")
+    assert [failed(record) for record in before[:7] + before[8:]] == [False] * 5 + [True] * 3 + [False]
+    Image.new("RGB", (4, 4)).save(tmp_path / "later.png")
+    work(job, tmp_path / "out", 100, tar=tar, retry_errors=True, model={"healed": True})
+    after = records(tmp_path / "out")
+    assert [a for a, b in zip(after, before, strict=True) if a != b] == [after[6], after[8]]
+    assert after[6]["response"]["body"]["choices"][0]["message"]["content"] == "FAIL"
+    folder = "part-00000.tar" if tar else "part-00000"
+    urls = [[one["url"] for one in record["response"]["body"]["data"]] for record in after[8:]]
+    assert urls == [[f"{folder}/edit-later-{k}.png" for k in (0, 1)], [f"{folder}/line-9.png"]]
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert (summary["ok"], summary["errors"], summary["images"]) == (9, {"InputError": 1}, 7)
+    if tar:
+        with tarfile.open(tmp_path / "out" / "part-00000.tar") as archive:
+            assert sum(name.endswith(".png") for name in archive.getnames()) == 7
