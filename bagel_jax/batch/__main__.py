@@ -39,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
     p = Parser(
         prog="python -m bagel_jax.batch",
         description="Answers a file of requests, a JSON object a line; goes on where an earlier run of it ended. "
+        "A .parquet file has a request a row, a folder of images one for each image and prompt. "
         "Run it several times at once, on any machines that see the same folder, to have more workers.",
         allow_abbrev=False,
     )
@@ -48,6 +49,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--output", required=True, metavar="DIR", help="where results go; the same for all workers")
     p.add_argument("--model", metavar="DIR", help="a BAGEL checkpoint (default: the bundled demo model)")
     p.add_argument("--modality", choices=MODALITIES, help="of lines that do not say theirs")
+    p.add_argument(
+        "--prompts",
+        nargs="+",
+        action="extend",
+        metavar="P",
+        help="for each image, where JOB is a folder of them",
+    )
     p.add_argument(
         "--seed",
         type=int,
@@ -130,9 +138,12 @@ def _run(args: argparse.Namespace) -> int:
     Settings(**settings_of(args))  # checked here, once, instead of on every line
     usual = _usual(args)
     preset = open_preset(args) if args.preset else None
-    job = Job(preset or open_source(args.job))
+    source = preset or open_source(args.job, args.modality, args.prompts)
+    job = Job(source)
     model_folder = Path(args.model or MODEL)
     output = output_folder(args.output)
+    if args.prompts is not None and output.resolve().is_relative_to(source.base.resolve()):
+        raise InputError(f"--output {output} lies in {source.base}, whose images are the job; give another folder")
 
     from bagel_jax.bagel import Bagel  # late: brings jax, and bad arguments are found without it
 

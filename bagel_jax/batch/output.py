@@ -15,10 +15,12 @@ import os
 import re
 import shutil
 import tarfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bagel_jax.batch.openai_answers import answer
+from bagel_jax.batch.records import apart, failed, uniform
 from bagel_jax.batch.stats import summary
 from bagel_jax.errors import InputError
 from bagel_jax.request import Result
@@ -169,6 +171,10 @@ class Part:
         images = self._folder / self._name
         if self._tar:
             self._write_tar(records)
+        records_file = self._folder / f"{self._name}.jsonl"
+        # One in memory: there may be images in them.
+        whole = _written(records_file, (json_line(self._told(record)).encode() for record in records))
+        if self._tar:
             self.drop()
         elif self._kept is None:
             if images.exists():  # of a worker that died here
@@ -179,31 +185,51 @@ class Part:
                 images.mkdir(exist_ok=True)
                 image.replace(images / image.name)
             self._images.rmdir()
-        texts = {"stats.json": json.dumps(stats) + "\n", "jsonl": "".join(map(json_line, records))}
-        for ending in texts if self._kept is None else reversed(texts):
-            _write(self._folder / f"{self._name}.{ending}", texts[ending].encode())
+        stats_file = self._folder / f"{self._name}.stats.json"
+        files = [(_written(stats_file, [json.dumps(stats).encode(), b"\n"]), stats_file), (whole, records_file)]
+        for new, path in files if self._kept is None else reversed(files):
+            new.replace(path)
 
     def drop(self) -> None:
         """Removes what there is."""
         shutil.rmtree(self._images, ignore_errors=True)
 
+    def _told(self, record: dict[str, Any]) -> dict[str, Any]:
+        """A record in the form in which its line was asked."""
+        if "openai" in record:
+            return answer(record, self._taken, embed=not self._tar)
+        return record if "response" in record else uniform(record)  # the former was told before and is kept
+
+    def _taken(self, image: str) -> bytes:
+        """An image that is to stand in its record; in a tar file it has a place of its own as well."""
+        file = self._images / Path(image).name
+        data = file.read_bytes()
+        if not self._tar:
+            file.unlink()
+        return data
+
     def _write_tar(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """A member a file: each record, and beside it, called alike, its image, as webdataset's readers have it."""
+        """A member a file: each record, and beside it, called alike, its image, as webdataset's readers have it.
+
+        What failed is no sample: readers expect the same files of all.
+        """
         path = self._folder / f"{self._name}.tar"
         new = _temporary(path)
         with contextlib.ExitStack() as stack:
             archive = stack.enter_context(tarfile.open(new, "w"))
             before = None if self._kept is None else stack.enter_context(tarfile.open(path))
+            there = set() if before is None else set(before.getnames())
             for i, (files, record) in enumerate(zip(self._files, records, strict=True)):
-                whole = {key: value for key, value in record.items() if key != "images"}
-                for name, one in zip(files, record.get("images", [record]), strict=True):
-                    data = json_line(whole | one).encode()
+                if failed(record):
+                    continue
+                for name, one in zip(files, apart(self._told(record)), strict=True):
+                    data = json_line(one).encode()
                     member = tarfile.TarInfo(f"{name}.json")
                     member.size = len(data)
                     archive.addfile(member, io.BytesIO(data))
                     image = self._images / f"{name}.png"
                     if before is not None and self._kept[i]:
-                        if one.get("image"):
+                        if image.name in there:
                             member = before.getmember(image.name)
                             archive.addfile(member, before.extractfile(member))
                     elif image.exists():
@@ -217,11 +243,6 @@ def _without_owner(member: tarfile.TarInfo) -> tarfile.TarInfo:
     return member
 
 
-def failed(record: Mapping[str, Any]) -> bool:
-    """Whether a line's record is an error, which `--retry-errors` tries again."""
-    return record["status"] == "error"
-
-
 def file_names(
     said: Sequence[Mapping[str, Any]], counts: Sequence[int], num_images: int, *, dots: bool
 ) -> list[list[str]]:
@@ -231,14 +252,15 @@ def file_names(
     many images other lines have makes no difference: one that is an error today may have some when it is tried again.
 
     Args:
-        said: `id` and `line` of each line.
+        said: `id` and `line` of each line, and `openai` of those in that form.
         counts: how many images each has.
-        num_images: how many a line may have.
+        num_images: how many a line may have that does not say it.
         dots: whether there may be dots in names, which webdataset takes for the beginning of an ending.
     """
-    ends = [f"-{k}" for k in range(num_images)] if num_images > 1 else []
     names, found = set(), []
     for one, count in zip(said, counts, strict=True):
+        most = one.get("openai", {}).get("n") or num_images
+        ends = [f"-{k}" for k in range(most)] if most > 1 else []
         wanted = str(one["id"])
         if not _PLAIN.fullmatch(wanted) or ("." in wanted and not dots):
             wanted = f"line-{one['line']}"
@@ -258,9 +280,14 @@ def _temporary(path: Path) -> Path:
 
 def _write(path: Path, data: bytes) -> None:
     """A whole file, at once; on the disk before it is seen."""
+    _written(path, [data]).replace(path)
+
+
+def _written(path: Path, lines: Iterable[bytes]) -> Path:
+    """A file that has only to be renamed to what it shall be."""
     new = _temporary(path)
     with new.open("wb") as file:
-        file.write(data)
+        file.writelines(lines)
         file.flush()
         os.fsync(file.fileno())
-    new.replace(path)
+    return new

@@ -308,6 +308,8 @@ def open_preset(args: argparse.Namespace) -> Benchmark:
     kind = PRESETS[args.preset]
     if args.format != "files":
         raise InputError(f"format is {args.format}; --preset {kind.named} needs files, which it lays out")
+    if args.prompts is not None:
+        raise InputError(f"prompts are given; {kind.named} has its own, so leave --prompts out")
     if kind.one_image and args.num_images > 1:
         raise InputError(f"num_images is {args.num_images}; {kind.named} has one image a prompt")
     return kind(Path(args.job), Path(args.output), args.seed)

@@ -10,7 +10,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from bagel_jax.batch.output import JobFolder, failed
+from bagel_jax.batch.output import JobFolder
+from bagel_jax.batch.records import answers, failed
 
 _MOST = 100  # images
 _COLUMNS = 10
@@ -72,7 +73,7 @@ def _tiles(folder: JobFolder) -> Iterator[tuple[Image.Image, str]]:
 
 def _images(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Names and prompts of a record's images."""
-    names = [one["image"] for one in record.get("images", [record]) if one.get("image")]
+    names = [one["image"] for one in answers(record) if one.get("image")]
     return [(name, record.get("prompt") or "") for name in names]
 
 

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+from bagel_jax.batch.records import answers
+
 _SUMS = "requests", "images", "decoded_tokens"
 
 
@@ -14,7 +16,7 @@ def tally(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Counts of records that are no errors: requests, images, tokens of texts, and the requests' seconds by phase."""
     sums, seconds = Counter(dict.fromkeys(_SUMS, 0)), Counter()
     for record in records:
-        for one in record.get("images", [record]):
+        for one in answers(record):
             sums["requests"] += 1
             sums["images"] += one.get("image") is not None
             sums["decoded_tokens"] += one.get("decoded_tokens", 0)

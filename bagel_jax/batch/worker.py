@@ -12,7 +12,8 @@ from typing import Any
 
 from bagel_jax.batch.claims import Claims, worker_name
 from bagel_jax.batch.job import Block, Defaults, Job, Line, read_line
-from bagel_jax.batch.output import JobFolder, Part, failed, file_names
+from bagel_jax.batch.output import JobFolder, Part, file_names
+from bagel_jax.batch.records import failed
 from bagel_jax.batch.stats import tally
 from bagel_jax.errors import InputError
 from bagel_jax.request import Request, Result
