@@ -81,7 +81,7 @@ class Benchmark:
                 for record in map(json.loads, records):
                     for name, text in self._files(record):
                         (self.root / name).parent.mkdir(parents=True, exist_ok=True)
-                        _write(self.root / name, text)
+                        _write(self.root / name, text.encode())
                     for k, one in enumerate(record.get("images", [record])):
                         if one.get("image") is None:
                             missing += 1

@@ -231,6 +231,7 @@ def test_parquet_files_that_are_not_gedits(tmp_path, columns, message):
     [
         (("--num-images", "2"), "num_images is 2; wise has one image a prompt"),
         (("--format", "webdataset"), "format is webdataset; --preset wise needs files, which it lays out"),
+        (("--prompts", "a"), "prompts are given; wise has its own, so leave --prompts out"),
     ],
 )
 def test_flags_without_meaning(tmp_path, flags, message):
