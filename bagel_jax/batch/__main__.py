@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import os
 import signal
 import sys
@@ -14,8 +15,9 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from bagel_jax import __version__
+from bagel_jax import __version__, hosts
 from bagel_jax.batch.job import Defaults, Job, identity
 from bagel_jax.batch.output import JobFolder
 from bagel_jax.batch.presets import PRESETS, open_preset, preset_flags
@@ -28,8 +30,12 @@ from bagel_jax.command import BAD_INPUT, DONE, FAILED, INTERRUPTED, Parser, add_
 from bagel_jax.demo.example import MODEL
 from bagel_jax.errors import InputError
 from bagel_jax.options import MODALITIES, Settings, settings_of
+from bagel_jax.request import Request, Result
 from bagel_jax.results import output_folder
 from bagel_jax.settings import EngineConfig
+
+if TYPE_CHECKING:
+    from bagel_jax.bagel import Bagel
 
 STRICT = 3  # exit code of a job that is done, with errors in it
 
@@ -68,6 +74,7 @@ def parser() -> argparse.ArgumentParser:
     groups["images"].add_argument("--negative-prompt", metavar="P", help="what guidance leads away from")
     groups["text"].add_argument("--think", action="store_true", help="let the model plan in words first")
     add_flags(groups, EngineConfig, defaults=True)
+    hosts.add_flags(groups["serving"])
     g = p.add_argument_group("job")
     g.add_argument(
         "--preset",
@@ -118,7 +125,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
     args = parsed(argv)
     try:
-        return _run(args)
+        config = from_flags(args, EngineConfig)
+        team = hosts.join(args.coordinator, args.num_processes, args.process_id)
+        if not team.first:
+            return team.follow(lambda: _open(args, config))
+        with contextlib.closing(team):
+            return _run(args, config, team)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
@@ -130,11 +142,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FAILED
 
 
-def _run(args: argparse.Namespace) -> int:
+def _open(args: argparse.Namespace, config: EngineConfig) -> Bagel:
+    from bagel_jax.bagel import Bagel  # late: brings jax, and bad arguments are found without it
+
+    return Bagel.open(args.model or MODEL, args.dtype, config)
+
+
+def _run(args: argparse.Namespace, config: EngineConfig, team: hosts.Team) -> int:
     for name, least in (("shard_size", 1), ("num_images", 1), ("grace", 0), ("dead_after", 5)):
         if not getattr(args, name) >= least:
             raise InputError(f"{name} is {getattr(args, name)}; it must be a number, at least {least}")
-    config = from_flags(args, EngineConfig)
     Settings(**settings_of(args))  # checked here, once, instead of on every line
     usual = _usual(args)
     preset = open_preset(args) if args.preset else None
@@ -144,10 +161,7 @@ def _run(args: argparse.Namespace) -> int:
     output = output_folder(args.output)
     if args.prompts is not None and output.resolve().is_relative_to(source.base.resolve()):
         raise InputError(f"--output {output} lies in {source.base}, whose images are the job; give another folder")
-
-    from bagel_jax.bagel import Bagel  # late: brings jax, and bad arguments are found without it
-
-    model = Bagel.open(model_folder, args.dtype, config)
+    model = _open(args, config)
     more = {name: getattr(args, name) for name in ("format", "shard_size", "dtype", "vae_tiling")}
     folder = JobFolder(output, identity(job, model_folder, usual, version=__version__, **more))
     if preset:
@@ -156,8 +170,16 @@ def _run(args: argparse.Namespace) -> int:
     how = {"dead_after": args.dead_after, "retry_errors": args.retry_errors}
     worker = Worker(job, folder, args.shard_size, usual, **how)
     progress = Progress(args.progress, worker.lines, device_memory)
+
+    def run_many(requests: Iterator[Request]) -> Iterator[tuple[Request, Result | Exception]]:
+        first = next(requests, None)
+        if first is None:  # others have all that is left, and the weights need not be read
+            return
+        team.begin()
+        yield from model.run_many(itertools.chain([first], requests))
+
     with contextlib.closing(model), contextlib.closing(progress), signals(worker, args.grace):
-        worker.run(model.run_many, progress)
+        worker.run(run_many, progress)
     seconds = time.perf_counter() - started
     summary = folder.summarize()
     if worker.counts.done or not (folder.path / "sheet.png").exists():

@@ -149,7 +149,7 @@ def run(*args) -> subprocess.CompletedProcess:
     return process("-m", "bagel_jax.batch", *args)
 
 
-def test_command(tmp_path):
+def test_command(tmp_path, capsys):
     """The command line as a person has it: a job, the same again, another one in its folder."""
     path, out = tmp_path / "job.jsonl", tmp_path / "out"
     path.write_text('{"prompt": "a"}\n\n{"prompt": "b", "metadata": 1}\n{"prompt": 5}\n')
@@ -168,15 +168,12 @@ def test_command(tmp_path):
         ["ok", "2"],
         ["InputError", "1"],
     ]
-    again = run(*args, "--strict")
-    assert again.returncode == 3
-    assert "this worker answered 0 requests" in again.stdout
-    narrow = run(*args, "--dtype", "bfloat16")
-    assert narrow.returncode == 2
-    assert "is of another job (dtype differs" in narrow.stderr
-    other = run(*args, "--seed", 1)
-    assert (other.returncode, other.stdout) == (2, "")
-    assert other.stderr == (
+    assert main([*map(str, args), "--strict"]) == 3
+    assert "this worker answered 0 requests" in capsys.readouterr().out
+    assert main([*map(str, args), "--dtype", "bfloat16"]) == 2
+    assert "is of another job (dtype differs" in capsys.readouterr().err
+    assert main([*map(str, args), "--seed", "1"]) == 2
+    assert capsys.readouterr().err == (
         f"error: --output {out} is of another job (settings differs, see job.json there); give another folder\n"
     )
 
