@@ -126,7 +126,7 @@ def identity(job: Job, model: Path, usual: Defaults, **more: Any) -> dict[str, A
     """All that a job's results depend on, for `job.json`; `more` is what else there is, by name."""
     settings = dict(usual.fields) | {"seed": usual.seed, "num_images": usual.num_images}
     return {
-        "job_format": 1,
+        "job_format": 2,
         "input": job.source.fingerprint(),
         "model": fingerprint(model),
         "settings": settings,
