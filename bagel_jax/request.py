@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, BinaryIO, Protocol
 
 import msgspec
 import numpy as np
@@ -56,21 +56,34 @@ __all__ = [
 ]
 
 
+class Openable(Protocol):
+    """A file that is on no disk of this machine; `str` of it names it."""
+
+    def open(self) -> BinaryIO:
+        """To be read from; nothing needs to be closed."""
+
+
+class ImageBase(Protocol):
+    """What paths of images start from, where that is no folder of this machine."""
+
+    def __truediv__(self, path: str) -> Path | Openable: ...
+
+
 @dataclass(frozen=True)
 class ImageFile:
     """An image in a file that is decoded when it is needed, each time, and kept nowhere."""
 
-    path: str | Path
+    path: str | Path | Openable
     size: tuple[int, int]  # width and height in pixels, as viewers show it
 
     @classmethod
-    def find(cls, path: str | Path) -> ImageFile:
+    def find(cls, path: str | Path | Openable) -> ImageFile:
         """Reads the file's header only; damage behind it shows in `open`.
 
         Raises:
             InputError: no such file, or not an image that Pillow knows.
         """
-        with _reading(path), Image.open(path) as image:
+        with _reading(path) as file, Image.open(file) as image:
             return cls(path, upright_size(image))
 
     def open(self) -> Image.Image:
@@ -198,7 +211,7 @@ class Request:
         )
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any] | str | bytes, base: Path) -> Request:
+    def from_json(cls, data: Mapping[str, Any] | str | bytes, base: Path | ImageBase) -> Request:
         """A request as a person writes it in JSON; `request_schema` says what may be in it.
 
         Images are looked at, and decoded when they are needed.
@@ -320,23 +333,23 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def open_image(path: str | Path) -> Image.Image:
+def open_image(path: str | Path | Openable) -> Image.Image:
     """An image from a file, fully decoded.
 
     Raises:
         InputError: no such file, or not an image that Pillow can read.
     """
-    with _reading(path):
-        image = Image.open(path)
+    with _reading(path) as file:
+        image = Image.open(file)
         image.load()
         return image
 
 
 @contextmanager
-def _reading(path: str | Path) -> Iterator[None]:
-    """Raises `InputError` for whatever goes wrong with a file of an image."""
+def _reading(path: str | Path | Openable) -> Iterator[str | Path | BinaryIO]:
+    """Raises `InputError` for whatever goes wrong with a file of an image; gives what Pillow is to open."""
     try:
-        yield
+        yield path if isinstance(path, str | Path) else path.open()
     except FileNotFoundError:
         raise InputError(f"image {path} does not exist; give the path of an image file") from None
     except Image.DecompressionBombError as error:
