@@ -15,6 +15,7 @@ from commands import process
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "bagel_jax"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+EXTRAS = {"train": ("train",), "batch": ("gcs", "s3")}  # of rooms
 SERVING = [*PROJECT["dependencies"], "jaxlib"]  # which jax installs in its own version
 
 
@@ -38,7 +39,8 @@ def imported(file: Path) -> set[str]:
 def test_what_is_imported_is_declared(file):
     """A fresh installation lacks a package that came along with another until now."""
     may = declared(SERVING)
-    if (extra := file.relative_to(PACKAGE).parts[0].removesuffix(".py")) in PROJECT["optional-dependencies"]:
+    room = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    for extra in EXTRAS.get(room, ()):
         may |= declared(PROJECT["optional-dependencies"][extra])
     providers = packages_distributions()
     for name in imported(file):

@@ -21,6 +21,7 @@ from bagel_jax import __version__
 from bagel_jax.batch.job import Defaults, Job, identity
 from bagel_jax.batch.output import JobFolder
 from bagel_jax.batch.sources import open_source
+from bagel_jax.batch.store import place
 from bagel_jax.batch.worker import Counts, Worker
 from bagel_jax.command import BAD_INPUT, DONE, FAILED, INTERRUPTED, Parser, add_flags, from_flags
 from bagel_jax.demo.example import MODEL
@@ -44,7 +45,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "job", metavar="JOB", help='a line a request: {"modality": "text2img", "prompt": "a red bench", "height": 512}'
     )
-    p.add_argument("--output", required=True, metavar="DIR", help="where results go; the same for all workers")
+    p.add_argument(
+        "--output", required=True, metavar="DIR", help="where results go, also gs://… or s3://…; the same for all"
+    )
     p.add_argument("--model", metavar="DIR", help="a BAGEL checkpoint (default: the bundled demo model)")
     p.add_argument("--modality", choices=MODALITIES, help="of lines that do not say theirs")
     p.add_argument(
@@ -111,8 +114,12 @@ def _run(args: argparse.Namespace) -> int:
     Settings(**settings_of(args))  # checked here, once, instead of on every line
     usual = _usual(args)
     job = Job(open_source(args.job))
+    if "://" in (args.model or ""):
+        raise InputError(f"--model {args.model} is not on this machine; give a folder that is, with a copy of it")
     model_folder = Path(args.model or MODEL)
-    output = output_folder(args.output)
+    output = place(args.output)
+    if isinstance(output, Path):
+        output = output_folder(args.output)
 
     from bagel_jax.bagel import Bagel  # late: brings jax, and bad arguments are found without it
 
@@ -176,7 +183,8 @@ def signals(worker: Worker, grace: float) -> Iterator[None]:
     def end(number: int) -> None:
         if worker.stop():  # some block may still be finished
             over.wait(grace)
-        worker.let_go()
+        with contextlib.suppress(OSError):  # out of reach; others take over what stands still
+            worker.let_go()
         os._exit(128 + number)
 
     def on_signal(number: int, _) -> None:

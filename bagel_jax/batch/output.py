@@ -2,7 +2,9 @@
 
 `job.json` says which job it is. `part-00007.jsonl` has a record a line of block 7; it appears last, whole, and says
 that the block is done. Its images are in `part-00007/`, or with the records in `part-00007.tar`, its counts in
-`part-00007.stats.json`. What a worker writes meanwhile is in `part-00007.NUMBER.tmp/`, by the number of its claim.
+`part-00007.stats.json`. What a worker writes meanwhile is in `part-00007.NUMBER.tmp/`, by the number of its claim. In
+an object store it is in a temporary folder of the worker's machine, and images may be there without their records,
+of a worker that died while it published them: the next one has the same names for them.
 """
 
 from __future__ import annotations
@@ -10,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 import re
 import shutil
 import tarfile
@@ -19,10 +20,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bagel_jax.batch.store import Folder, Place, open_folder
 from bagel_jax.errors import InputError
 from bagel_jax.request import Result
 from bagel_jax.results import json_line
 
+_RECORDS = re.compile(r"part-(\d+)\.jsonl")
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 
 
@@ -37,22 +40,18 @@ class JobFolder:
         InputError: the folder is another job's, or cannot be written to.
     """
 
-    def __init__(self, path: Path, job: Mapping[str, Any]):
+    def __init__(self, path: Place, job: Mapping[str, Any]):
         self.path, self.tar = path, job.get("format") == "webdataset"
+        self._folder, self._done = open_folder(path), None
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            while not (path / "job.json").exists():
-                new = _temporary(path / "job.json")
-                new.write_text(json.dumps(job, indent=1) + "\n", encoding="utf-8")
-                # It is made once, by whoever is first; and who ends the job just now may remove what is not.
-                with contextlib.suppress(FileExistsError, FileNotFoundError):
-                    os.link(new, path / "job.json")
-                new.unlink(missing_ok=True)
-            there = json.loads((path / "job.json").read_text(encoding="utf-8"))
+            # It is made once, by whoever is first; and who ends the job just now may remove what is not whole.
+            while not self._folder.exists("job.json"):
+                self._folder.create("job.json", f"{json.dumps(job, indent=1)}\n".encode())
+            there = json.loads(self._folder.read("job.json"))
         except OSError as error:
             raise InputError(f"--output {path} cannot be written to ({error.strerror}); give another folder") from None
         except ValueError:
-            raise InputError(f"{path / 'job.json'} is damaged; give another folder") from None
+            raise InputError(f"{path}/job.json is damaged; give another folder") from None
         for name, value in job.items():
             if not isinstance(there, dict) or there.get(name) != json.loads(json.dumps(value)):
                 raise InputError(
@@ -60,35 +59,36 @@ class JobFolder:
                 )
 
     @property
-    def claims(self) -> Path:
+    def claims(self) -> Place:
         """Where workers claim blocks."""
-        return self.path / "claims"
+        return self.path / "claims" if isinstance(self.path, Path) else f"{self.path}/claims"
 
     def done(self, block: int) -> bool:
         """Whether a block's results are there."""
-        return self._records(block).exists()
+        if self._done is None:  # one look for all that are there: each would be a request to an object store
+            found = filter(None, map(_RECORDS.fullmatch, self._folder.names("part-")))
+            self._done = {int(name[1]) for name in found}
+        if block not in self._done and self._folder.exists(f"part-{block:05d}.jsonl"):
+            self._done.add(block)
+        return block in self._done
 
     def part(self, block: int, claim: int, files: Sequence[Sequence[str]]) -> Part:
         """Where the results of a block's lines are put meanwhile; what dead workers left of it is removed."""
-        for left in self.path.glob(f"part-{block:05d}.*.tmp*"):
-            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
-        return Part(self.path, block, claim, files, tar=self.tar)
+        self._folder.clear(f"part-{block:05d}.*.tmp*")
+        return Part(self._folder, block, claim, files, tar=self.tar)
 
     def summarize(self) -> dict[str, Any]:
         """When all blocks are done: writes and returns `summary.json`, and removes what killed workers left."""
-        stats = [json.loads(file.read_text(encoding="utf-8")) for file in self.path.glob("part-*.stats.json")]
+        names = [name for name in self._folder.names("part-") if name.endswith(".stats.json")]
+        stats = list(map(json.loads, self._folder.read_all(names)))
         errors = sum((Counter(part["errors"]) for part in stats), Counter())
         lines = sum(part["lines"] for part in stats)
         summary = {"lines": lines, "ok": lines - errors.total(), "errors": errors, "parts": len(stats)}
-        shutil.rmtree(self.claims, ignore_errors=True)
-        for left in self.path.glob("*.json.*.tmp"):
-            left.unlink(missing_ok=True)
+        self._folder.remove_folder("claims")
+        self._folder.clear("*.json.*.tmp")
         with contextlib.suppress(FileNotFoundError):  # another worker did so, and has written the same
-            _write(self.path / "summary.json", json.dumps(summary, indent=1) + "\n")
+            self._folder.write("summary.json", f"{json.dumps(summary, indent=1)}\n".encode())
         return summary
-
-    def _records(self, block: int) -> Path:
-        return self.path / f"part-{block:05d}.jsonl"
 
 
 class Part:
@@ -101,10 +101,9 @@ class Part:
         tar: whether images go into a tar file.
     """
 
-    def __init__(self, folder: Path, block: int, claim: int, files: Sequence[Sequence[str]], *, tar: bool):
+    def __init__(self, folder: Folder, block: int, claim: int, files: Sequence[Sequence[str]], *, tar: bool):
         self._name, self._files, self._tar = f"part-{block:05d}", files, tar
-        self._folder, self._images = folder, folder / f"{self._name}.{claim}.tmp"
-        self._images.mkdir(exist_ok=True)
+        self._folder, self._images = folder, folder.workspace(f"{self._name}.{claim}.tmp")
 
     def save(self, i: int, k: int, result: Result) -> dict[str, Any]:
         """Writes image k of the block's line i; returns what a record says of it and of the text."""
@@ -118,26 +117,21 @@ class Part:
 
     def publish(self, records: list[dict[str, Any]], stats: Mapping[str, Any]) -> None:
         """Makes all results of the block visible; the records come last."""
-        images = self._folder / self._name
-        if images.exists():  # of a worker that died here
-            shutil.rmtree(images)
         if self._tar:
-            self._write_tar(records)
+            self._folder.put_file(self._write_tar(records), f"{self._name}.tar")
             self.drop()
-        elif any(self._images.iterdir()):
-            self._images.rename(images)
         else:
-            self._images.rmdir()
-        _write(self._folder / f"{self._name}.stats.json", json.dumps(stats) + "\n")
-        _write(self._folder / f"{self._name}.jsonl", "".join(map(json_line, records)))
+            self._folder.put_folder(self._images, self._name)
+        self._folder.write(f"{self._name}.stats.json", f"{json.dumps(stats)}\n".encode())
+        self._folder.write(f"{self._name}.jsonl", "".join(map(json_line, records)).encode())
 
     def drop(self) -> None:
         """Removes what there is."""
         shutil.rmtree(self._images, ignore_errors=True)
 
-    def _write_tar(self, records: Sequence[Mapping[str, Any]]) -> None:
+    def _write_tar(self, records: Sequence[Mapping[str, Any]]) -> Path:
         """A member a file: each record, and beside it, called alike, its image, as webdataset's readers have it."""
-        new = _temporary(self._folder / f"{self._name}.tar")
+        new = self._images / f"{self._name}.tar"
         with tarfile.open(new, "w") as archive:
             for files, record in zip(self._files, records, strict=True):
                 whole = {key: value for key, value in record.items() if key != "images"}
@@ -149,7 +143,7 @@ class Part:
                     image = self._images / f"{name}.png"
                     if image.exists():
                         archive.add(image, image.name, filter=_without_owner)
-        new.replace(self._folder / f"{self._name}.tar")
+        return new
 
 
 def _without_owner(member: tarfile.TarInfo) -> tarfile.TarInfo:
@@ -181,18 +175,3 @@ def file_names(said: Sequence[Mapping[str, Any]], counts: Sequence[int], *, dots
         found.append([wanted + end for end in ends])
         names |= {name.lower() for name in found[-1]}
     return found
-
-
-def _temporary(path: Path) -> Path:
-    """What a file is called until it is whole; no other worker, on whatever machine, calls one so."""
-    return path.with_name(f"{path.name}.{os.urandom(6).hex()}.tmp")
-
-
-def _write(path: Path, text: str) -> None:
-    """A whole file, at once; on the disk before it is seen."""
-    new = _temporary(path)
-    with new.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+from bagel_jax.batch.store import Place, open_file, place
 from bagel_jax.errors import InputError
 
 _END_BYTES = 2**16  # of a file's beginning and end that its fingerprint holds
@@ -21,7 +23,7 @@ class Source(Protocol):
     """
 
     name: str
-    base: Path
+    base: Place
 
     def lines(self) -> Iterator[bytes]:
         """All requests anew, as JSON; one is in memory."""
@@ -37,24 +39,25 @@ class JsonLines:
         InputError: it cannot be read.
     """
 
-    def __init__(self, path: Path):
-        self.name, self.base, self._path = str(path), path.parent, path
+    def __init__(self, path: Place):
+        self.name, self._path = str(path), path
+        self.base = path.parent if isinstance(path, Path) else path.rpartition("/")[0]
         try:
-            with path.open("rb"):
-                self._size = path.stat().st_size
+            with open_file(path) as file:
+                self._size = file.seek(0, os.SEEK_END)
         except OSError as error:
             raise InputError(f"the job {path} cannot be read ({error.strerror}); give a file of requests") from None
 
     def lines(self) -> Iterator[bytes]:
         """All lines but blank ones."""
-        with self._path.open("rb") as file:
+        with open_file(self._path) as file:
             if file.read(3) != b"\xef\xbb\xbf":  # what some editors put before UTF-8
                 file.seek(0)
             yield from (line for line in file if line.strip())
 
     def fingerprint(self) -> dict[str, Any]:
         """Its length, its beginning and its end, however long it is."""
-        with self._path.open("rb") as file:
+        with open_file(self._path) as file:
             ends = file.read(_END_BYTES)
             file.seek(max(0, self._size - _END_BYTES))
             ends += file.read(_END_BYTES)
@@ -67,4 +70,4 @@ def open_source(job: str) -> Source:
     Raises:
         InputError: it cannot be read.
     """
-    return JsonLines(Path(job))
+    return JsonLines(place(job))
