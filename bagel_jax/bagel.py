@@ -338,11 +338,12 @@ class Bagel:
 
 
 class _Counts:
-    """Tokens and steps of all requests so far, done and to do."""
+    """Tokens and steps of all requests so far, done and to do; of those that are over, however many, one number."""
 
     def __init__(self, report: Report | None):
         self._report = report
         self._counts: dict[str, dict[str, list[int]]] = {"decode": {}, "denoise": {}}
+        self._over = {"decode": 0, "denoise": 0}
 
     def begin(self, request: Request) -> None:
         """A request is in work."""
@@ -361,12 +362,11 @@ class _Counts:
 
     def end(self, request_id: str) -> None:
         """Nothing more of it will be done."""
-        for counts in self._counts.values():
-            if request_id in counts:
-                counts[request_id][1] = counts[request_id][0]
+        for phase, counts in self._counts.items():
+            self._over[phase] += counts.pop(request_id, (0, 0))[0]
 
     def _set(self, phase: str, request_id: str, done: int, total: int) -> None:
         self._counts[phase][request_id] = [done, total]
         if self._report is not None:
             done, total = (sum(column) for column in zip(*self._counts[phase].values(), strict=True))
-            self._report(phase, done, total)
+            self._report(phase, self._over[phase] + done, self._over[phase] + total)

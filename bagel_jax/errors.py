@@ -199,7 +199,11 @@ def _within(value: Any, meta: Meta) -> bool:
 def _shown(value: Any) -> str:
     """A value in a sentence: an array or an image would fill the screen."""
     plain = value is None or isinstance(value, str | bytes | int | float | list | tuple | dict)
-    return repr(value) if plain else f"a {type(value).__name__}"
+    text = repr(value) if plain else f"a {type(value).__name__}"
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} and so on"
+
+
+_LONGEST = 400  # characters of a value in a sentence: in JSON it may be an image
 
 
 def _start(text: str | bytes, length: int = 80) -> str:

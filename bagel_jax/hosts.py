@@ -11,7 +11,10 @@ import atexit
 import contextlib
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import Any
 
+from bagel_jax.command import DONE, FAILED
 from bagel_jax.errors import InputError
 
 # Seconds after which a process that is not heard of counts as dead; then all others end.
@@ -79,9 +82,23 @@ class Team:
         """Process 0 ends; if it has not begun, so do the others."""
         self._say(False)
 
-    def wait(self) -> bool:
-        """In the others: whether process 0 begins."""
-        return bool(_from_first(False))
+    def follow(self, open_model: Callable[[], Any]) -> int:
+        """In the others: their part of the work, if process 0 begins; returns the exit code.
+
+        They read no file but the model's, and write none.
+
+        Raises:
+            InputError: the model cannot be opened.
+        """
+        try:
+            if _from_first(False):
+                open_model().follow()
+            return DONE
+        except InputError:
+            raise
+        except Exception as error:
+            print(f"error: {error}", file=sys.stderr)
+            return FAILED
 
     def _say(self, begin: bool) -> None:
         if self._several:

@@ -190,7 +190,7 @@ def settings_of(form: Any) -> dict[str, Any]:
 class ImagePath(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """An image among the inputs."""
 
-    image: Annotated[str, Meta(description="path of an image file")]
+    image: Annotated[str, Meta(description="path of an image file, or a data: URL")]
 
 
 class _RequestForm(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -198,13 +198,17 @@ class _RequestForm(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     modality: Annotated[Modality, Meta(description="what goes in and what comes out")]
     prompt: Annotated[str | None, Meta(description="the text; comes after the images")] = None
-    image: Annotated[str | None, Meta(description="path of an image file")] = None
+    image: Annotated[str | None, Meta(description="path of an image file, or a data: URL")] = None
     images: Annotated[tuple[str, ...] | None, Meta(description="instead: paths of several")] = None
     inputs: Annotated[
         tuple[str | ImagePath, ...] | None,
         Meta(description="instead of prompt and images: texts and images in any order"),
     ] = None
     seed: Seed = 0
+    image_seeds: Annotated[
+        tuple[Seed, ...] | None,
+        Meta(description="seeds of the posterior samples of an edit's images, one each; default: seed for all"),
+    ] = None
     think: Annotated[bool, Meta(description="let the model plan in words first")] = False
     negative_prompt: Annotated[str | None, Meta(description="what guidance leads away from")] = None
     id: Annotated[str | None, Meta(description="names the request in results; made up if left out")] = None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
+import io
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -69,12 +72,16 @@ class ImageBase(Protocol):
     def __truediv__(self, path: str) -> Path | Openable: ...
 
 
+MAX_DATA_BYTES = 50 * 2**20  # of an image in a data: URL, encoded as a file would be
+
+
 @dataclass(frozen=True)
 class ImageFile:
     """An image in a file that is decoded when it is needed, each time, and kept nowhere."""
 
-    path: str | Path | Openable
+    path: str | Path | Openable  # or the beginning of a data: URL
     size: tuple[int, int]  # width and height in pixels, as viewers show it
+    data: bytes | None = field(default=None, repr=False)  # what a data: URL holds, which is a file's contents
 
     @classmethod
     def find(cls, path: str | Path | Openable) -> ImageFile:
@@ -86,9 +93,46 @@ class ImageFile:
         with _reading(path) as file, Image.open(file) as image:
             return cls(path, upright_size(image))
 
+    @classmethod
+    def named(cls, name: str, base: Path | ImageBase) -> ImageFile:
+        """As an image is named in JSON: by its path, or it stands there itself, in a `data:` URL.
+
+        Args:
+            name: the path or the URL.
+            base: the folder that paths start from.
+
+        Raises:
+            InputError: as in `find`; or a URL of another kind, too long, or no base64.
+        """
+        scheme = name.partition(":")[0].lower()
+        if scheme in ("http", "https"):
+            raise InputError(f"image {name} is on the web, where nothing is fetched from; give a path or a data: URL")
+        start = name if len(name) < _SHOWN else f"{name[:_SHOWN]}…"
+        if scheme != "data":
+            if len(name) > _LONGEST_PATH:
+                raise InputError(f"image {start} is too long for a path; an image itself is data:image/png;base64,…")
+            return cls.find(base / name)
+        head, comma, encoded = name.partition(",")
+        if not comma or not head.lower().endswith(";base64"):
+            raise InputError(f"image {start} is no data: URL with base64; give data:image/png;base64,… or the like")
+        if len(encoded) > MAX_DATA_BYTES * 4 // 3 + 4:
+            raise InputError(
+                f"image {start} holds {len(encoded) * 3 // 4:,} bytes; it must be at most {MAX_DATA_BYTES:,}"
+            )
+        try:
+            data = base64.b64decode(encoded, validate=True)
+        except (ValueError, binascii.Error) as error:
+            raise InputError(f"image {start} is no base64 ({error}); give data:image/png;base64,…") from None
+        with _reading(start), Image.open(io.BytesIO(data)) as image:
+            return cls(start, upright_size(image), data)
+
     def open(self) -> Image.Image:
         """The image, decoded; raises as `open_image`."""
-        return open_image(self.path)
+        return open_image(self.path, self.data)
+
+
+_SHOWN = 40  # characters of a data: URL in messages
+_LONGEST_PATH = 4096  # bytes, of the systems that this runs on
 
 
 @dataclass(frozen=True)
@@ -218,7 +262,7 @@ class Request:
 
         Args:
             data: the JSON, or the object that was in it.
-            base: the folder that images' paths start from.
+            base: the folder that images' paths start from; an image may stand there as a `data:` URL instead.
 
         Raises:
             InputError: a field is unknown, missing, of another type or out of range, an image is none, or what
@@ -228,10 +272,10 @@ class Request:
         if form.image is not None and form.images is not None:
             raise InputError("image was given beside images; give one of them")
         files = form.images if form.image is None else (form.image,)
-        images = None if files is None else [ImageFile.find(base / path) for path in files]
+        images = None if files is None else [ImageFile.named(name, base) for name in files]
         inputs = None
         if form.inputs is not None:
-            inputs = [item if isinstance(item, str) else ImageFile.find(base / item.image) for item in form.inputs]
+            inputs = [item if isinstance(item, str) else ImageFile.named(item.image, base) for item in form.inputs]
         return cls.create(
             form.modality,
             form.prompt,
@@ -240,6 +284,7 @@ class Request:
             seed=form.seed,
             think=form.think,
             negative_prompt=form.negative_prompt,
+            image_seeds=form.image_seeds,
             request_id=form.id,
             **settings_of(form),
         )
@@ -333,14 +378,18 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def open_image(path: str | Path | Openable) -> Image.Image:
+def open_image(path: str | Path | Openable, data: bytes | None = None) -> Image.Image:
     """An image from a file, fully decoded.
+
+    Args:
+        path: the file.
+        data: what would be in it, if it is none; `path` is then a name for messages.
 
     Raises:
         InputError: no such file, or not an image that Pillow can read.
     """
     with _reading(path) as file:
-        image = Image.open(file)
+        image = Image.open(file if data is None else io.BytesIO(data))
         image.load()
         return image
 

@@ -109,14 +109,21 @@ def told(request: Request, result: Result) -> dict[str, Any]:
         "seconds": {phase: round(seconds, 4) for phase, seconds in result.seconds.items()},
         "time_to_first_token": _rounded(result.time_to_first_token),
         "tokens_per_second": _rounded(result.tokens_per_second),
+        "prefilled_tokens": result.prefilled_tokens,
         "cached_prefix_tokens": result.cached_prefix_tokens,
+        "decoded_tokens": result.decoded_tokens,
         "notes": list(result.notes),
     }
 
 
 def json_line(record: dict[str, Any]) -> str:
-    """A record as a line of a file."""
-    return json.dumps(record, ensure_ascii=False) + "\n"
+    """A record as a line of a file, which can be written in UTF-8 whatever is in it: JSON has half letters."""
+    line = json.dumps(record, ensure_ascii=False) + "\n"
+    try:
+        line.encode()
+    except UnicodeEncodeError:
+        return json.dumps(record) + "\n"
+    return line
 
 
 def _rounded(value: float | None) -> float | None:

@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = from_flags(args, EngineConfig)
         team = hosts.join(args.coordinator, args.num_processes, args.process_id)
         if not team.first:
-            return _follow(args, config, team)
+            return team.follow(lambda: _open(args, config))
         with contextlib.closing(team):
             if args.turns is not None:
                 return _run_turns(args, config, team)
@@ -134,19 +134,10 @@ def _from_here(path: Path) -> str:
     return str(path.relative_to(here) if here in path.parents[1:] else path)
 
 
-def _follow(args: argparse.Namespace, config: EngineConfig, team: hosts.Team) -> int:
-    """Another process than the first: its part of the work, with no files to read but the model's and none to write."""
-    from bagel_jax.bagel import Bagel
+def _open(args: argparse.Namespace, config: EngineConfig) -> Bagel:
+    from bagel_jax.bagel import Bagel  # late: brings jax, and bad arguments are found without it
 
-    try:
-        if team.wait():
-            Bagel.open(args.model, args.dtype, config).follow()
-        return DONE
-    except InputError:
-        raise
-    except Exception as error:
-        print(f"error: {error}", file=sys.stderr)
-        return FAILED
+    return Bagel.open(args.model, args.dtype, config)
 
 
 def _run(args: argparse.Namespace, config: EngineConfig, team: hosts.Team, notes: Sequence[str]) -> int:
@@ -158,9 +149,7 @@ def _run(args: argparse.Namespace, config: EngineConfig, team: hosts.Team, notes
     for note in () if args.quiet else notes:  # before what the model may refuse, which they explain
         print(f"note: {note}", file=sys.stderr, flush=True)
 
-    from bagel_jax.bagel import Bagel  # late: brings jax, and bad arguments are found without it
-
-    model = Bagel.open(args.model, args.dtype, config)
+    model = _open(args, config)
     for i, request in enumerate(requests):
         try:
             if isinstance(request, Request):
@@ -217,9 +206,7 @@ def _run_turns(args: argparse.Namespace, config: EngineConfig, team: hosts.Team)
     if args.model is None and not args.quiet:
         print(f"note: {_DEMO_NOTE}", file=sys.stderr, flush=True)
 
-    from bagel_jax.bagel import Bagel
-
-    model = Bagel.open(args.model, args.dtype, config)
+    model = _open(args, config)
     _tell(model, args)
     team.begin()
     with contextlib.closing(model), Results(output, len(turns), quiet=args.quiet) as results:

@@ -70,7 +70,7 @@ class EngineConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     page_size: Annotated[Literal[16, 32, 64, 128], _field("tokens a page of the KV cache")] = 64
     num_pages: Annotated[
         Annotated[int, Meta(ge=2)] | None,
-        _field("pages of the KV cache (default: from the memory and the largest contexts)", "N"),
+        _field("pages of the KV cache (default: from the memory, the largest contexts and images)", "N"),
     ] = None
     prefix_cache: Annotated[bool, _field("find contexts of earlier requests again by what is in them")] = True
     attention: Annotated[

@@ -13,7 +13,7 @@ from bagel_jax.engine.denoise.batch import denoise_batch, denoise_rows, padded_t
 from bagel_jax.engine.denoise.jobs import DenoiseJob
 from bagel_jax.engine.denoise.stage import DenoiseStage
 from bagel_jax.engine.handoff import ContextKV
-from bagel_jax.engine.kv.store import VIEWS, KVStore, block_pages, largest_context
+from bagel_jax.engine.kv.store import KVStore, all_blocks, largest_context
 from bagel_jax.engine.ticket import Ticket
 from bagel_jax.inputs.prepare import Prepared
 from bagel_jax.placement.spread import ONE_DEVICE
@@ -39,9 +39,8 @@ class Denoising:
         weights, config = model.load_weights()[1], model.config
         settings, slots = EngineConfig(dit_max_num_seqs=len(requests)), len(requests)
         size = settings.page_size
-        blocks = slots * VIEWS * block_pages(config.max_latent_size**2, size)
-        contexts = slots * largest_context(config, size)
-        store = KVStore(model.placements[1], config, size, contexts, blocks, model.dtype)
+        each = largest_context(config, size) + all_blocks(config.max_latent_size**2, size)
+        store = KVStore(model.placements[1], config, size, 1 + slots * each, model.dtype)
         stage = DenoiseStage(weights, config, model.tokenizer, settings, store)
         for number, request in enumerate(requests):
             ticket = ticket_of(*request, number)

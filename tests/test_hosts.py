@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
 import subprocess
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from commands import process
 from golden import relative_error
+from PIL import Image
 
 from bagel_jax.errors import InputError
 from bagel_jax.hosts import check
@@ -25,7 +27,7 @@ DRAW = ["-m", "bagel_jax.run", "--modality", "text2img", "--steps", "5", "--save
 
 
 @contextlib.contextmanager
-def team(folder, *options, count: int = 2):
+def team(folder, *options, count: int = 2, command=DRAW):
     """Processes that run the command line together, each with two devices and an output folder of its own."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -33,7 +35,7 @@ def team(folder, *options, count: int = 2):
     started = [
         subprocess.Popen(
             [
-                *(sys.executable, *DRAW, "--output", str(folder / str(number)), *options),
+                *(sys.executable, *command, "--output", str(folder / str(number)), *options),
                 *("--coordinator", f"localhost:{port}", "--num-processes", str(count), "--process-id", str(number)),
             ],
             env=os.environ | TWO,
@@ -88,6 +90,26 @@ def test_one_command_on_two_hosts(tmp_path):
     assert alone.returncode == 0, alone.stderr
     latents = [np.load(tmp_path / name / "output_0.latent.npy") for name in ("0", "alone")]
     assert relative_error(*latents) < 1e-5
+
+
+@pytest.mark.slow
+def test_a_batch_worker_of_two_processes(tmp_path):
+    """Each process claims blocks of its own, and waits for the other to take part in them."""
+    job = tmp_path / "job.jsonl"
+    line = {"modality": "text2img", "prompt": "a red star on a white background", "steps": 4}
+    job.write_text("".join(json.dumps(line | {"id": f"star-{i}"}) + "\n" for i in range(3)) + "{}\n")
+    command = ["-m", "bagel_jax.batch", job, "--shard-size", "2"]
+    for count in (4, 0):  # the second time there is nothing to do
+        with team(tmp_path, "--mesh", "data=2,tensor=2", command=command) as started:
+            said = [one.communicate(timeout=280) for one in started]
+            assert [one.returncode for one in started] == [0, 0], said
+        assert f"this worker answered {count} requests" in said[0][0]
+    assert not (tmp_path / "1").exists()
+    alone = process(*command, "--output", tmp_path / "alone")
+    assert alone.returncode == 0, alone.stderr
+    for name in ("part-00000/star-0.png", "part-00000/star-1.png", "part-00001/star-2.png"):
+        images = [np.asarray(Image.open(tmp_path / folder / name), np.int16) for folder in ("0", "alone")]
+        assert np.abs(images[0] - images[1]).max() <= 1
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import json
 import math
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from bagel_jax import request as request_module
 from bagel_jax.errors import InputError
 from bagel_jax.request import (
     APPLICABLE,
@@ -419,6 +421,30 @@ def test_from_json(folder):
     assert Request.from_json({"modality": "text2img", "prompt": "a", "max_tokens": 3}, folder).notes
 
 
+def test_images_within_json(folder):
+    """An image in a data: URL is another than in its file, or is decoded for each line of a file at once."""
+    data = (folder / "b.png").read_bytes()
+    url = f"data:image/png;base64,{base64.b64encode(data).decode()}"
+    request = Request.from_json({"modality": "img2text", "inputs": [{"image": url}, "a", {"image": "a.png"}]}, folder)
+    assert [getattr(item, "size", item) for item in request.inputs] == [(5, 2), "a", (3, 2)]
+    assert request.inputs[0].open().getpixel((4, 1)) == (9, 8, 7)
+    assert request.inputs[0].data == data
+    assert "iVBOR" not in repr(request)[200:]
+    cut = url[: len(url) - 40]
+    request = Request.from_json({"modality": "img2img", "prompt": "a", "image": cut}, folder)
+    with pytest.raises(InputError, match="data:image/png;base64,iVBORw0KGgoAAAANSU… cannot be read as an image"):
+        request.inputs[0].open()
+
+
+def test_large_images_within_json(folder, monkeypatch):
+    """A line of a file takes the memory of the machine."""
+    monkeypatch.setattr(request_module, "MAX_DATA_BYTES", 300)
+    for size, message in ((300, "cannot be read as an image"), (306, "holds 306 bytes; it must be at most 300")):
+        url = f"data:;base64,{base64.b64encode(bytes(size)).decode()}"
+        with pytest.raises(InputError, match=message):
+            Request.from_json({"modality": "img2img", "prompt": "a", "image": url}, folder)
+
+
 ANY = {"modality": "text2img", "prompt": "a"}
 BAD_JSON = {
     "no JSON": (b'{"modality": ', "is no JSON"),
@@ -437,6 +463,12 @@ BAD_JSON = {
     "think": (ANY | {"think": None}, "think is None; it must be true or false"),
     "images": (ANY | {"images": "a.png"}, "images is 'a.png'; it must be a list"),
     "image and images": (ANY | {"image": "a.png", "images": ["a.png"]}, "image was given beside images"),
+    "web": (ANY | {"image": "HTTP://a.b/c.png"}, "image HTTP://a.b/c.png is on the web, where nothing is fetched from"),
+    "no base64": (ANY | {"image": "data:image/svg+xml,<svg>"}, "image data:image/svg+xml,<svg> is no data: URL with"),
+    "bad base64": (ANY | {"image": "data:image/png;base64,a?"}, "image data:image/png;base64,a? is no base64 ("),
+    "no image inside": (ANY | {"image": "data:;base64,YQ=="}, "data:;base64,YQ== cannot be read as an image"),
+    "bytes for a path": (ANY | {"image": "iVBOR" * 1000}, "iVBOR… is too long for a path; an image itself is data:"),
+    "a long value": (ANY | {"images": "iVBOR" * 1000}, " and so on; it must be a list"),
     "no file": (ANY | {"image": "none.png"}, "none.png does not exist"),
     "inputs and prompt": (ANY | {"inputs": ["a"]}, "inputs was given beside prompt or image"),
     "an input": ({"modality": "img2img", "inputs": ["a", 3]}, "inputs[1] is 3; it must be a text or an object"),

@@ -13,7 +13,8 @@ PACKAGE = Path(__file__).parents[1] / "bagel_jax"
 MAY_IMPORT = {
     "__init__": {"bagel", "request", "settings", "functional"},
     "run": {"bagel", "demo", "request", "options", "results", "settings", "turns", "command", "hosts"},
-    "batch": {"bagel", "demo", "request", "options", "results", "settings", "command"},
+    "batch": {"bagel", "demo", "request", "options", "results", "settings", "command", "hosts"},
+    "verify": {"bagel", "checkpoint", "demo", "request", "config", "settings", "command"},
     "turns": {"engine", "request", "options"},
     "results": {"request"},
     "aot": {
@@ -41,7 +42,7 @@ MAY_IMPORT = {
     "buckets": set(),
     "clock": set(),
     "command": set(),
-    "hosts": set(),
+    "hosts": {"command"},
     "pallas": set(),
     "placement": {"models", "settings", "config", "devices"},
     "layout": set(),

@@ -21,7 +21,7 @@ from bagel_jax.engine.context.stage import MAX_CONTEXT
 from bagel_jax.engine.denoise.batch import LEAST_WIDTH, padded_rows, padded_tokens
 from bagel_jax.engine.denoise.decoder import decode_latents
 from bagel_jax.engine.denoise.steps import DenoiseProgram, DenoiseState, denoise
-from bagel_jax.engine.kv.store import VIEWS, block_pages, largest_context, page_bytes
+from bagel_jax.engine.kv.store import all_blocks, block_pages, largest_context, page_bytes
 from bagel_jax.engine.precompile import input_sizes
 from bagel_jax.layout import NUM_MARKERS
 from bagel_jax.models.layers import stack, unrolled
@@ -62,8 +62,8 @@ class Model:
         # As `Weights.for_serving`.
         self.weights = abstract_weights(config, dtype, unrolled if platform == "gpu" else stack)
         self.slots = EngineConfig().dit_max_num_seqs
-        # As stage 1 reserves them: the largest edits in work, and their blocks.
-        blocks = VIEWS * block_pages(config.max_latent_size**2, PAGE)
+        # The largest edits that stage 1 may have in work: their contexts and blocks.
+        blocks = all_blocks(config.max_latent_size**2, PAGE)
         self.num_pages = 1 + self.slots * (largest_context(config, PAGE) + blocks)
         c = config.trunk
         self.pages = self._of(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import os
 import signal
 import sys
@@ -14,24 +15,30 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
-from bagel_jax import __version__
+from bagel_jax import __version__, hosts
 from bagel_jax.batch.job import Defaults, Job, identity
 from bagel_jax.batch.output import JobFolder
+from bagel_jax.batch.places import place
+from bagel_jax.batch.presets import PRESETS, open_preset, preset_flags
+from bagel_jax.batch.progress import Progress, device_memory
+from bagel_jax.batch.sheet import write_sheet
 from bagel_jax.batch.sources import open_source
-from bagel_jax.batch.store import place
-from bagel_jax.batch.worker import Counts, Worker
+from bagel_jax.batch.stats import table
+from bagel_jax.batch.worker import Worker
 from bagel_jax.command import BAD_INPUT, DONE, FAILED, INTERRUPTED, Parser, add_flags, from_flags
 from bagel_jax.demo.example import MODEL
 from bagel_jax.errors import InputError
 from bagel_jax.options import MODALITIES, Settings, settings_of
+from bagel_jax.request import Request, Result
 from bagel_jax.results import output_folder
 from bagel_jax.settings import EngineConfig
 
+if TYPE_CHECKING:
+    from bagel_jax.bagel import Bagel
+
 STRICT = 3  # exit code of a job that is done, with errors in it
-_LOG_SECONDS = 30.0
 
 
 def parser() -> argparse.ArgumentParser:
@@ -39,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
     p = Parser(
         prog="python -m bagel_jax.batch",
         description="Answers a file of requests, a JSON object a line; goes on where an earlier run of it ended. "
+        "A .parquet file has a request a row, a folder of images one for each image and prompt. "
         "Run it several times at once, on any machines that see the same folder, to have more workers.",
         allow_abbrev=False,
     )
@@ -51,6 +59,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--model", metavar="DIR", help="a BAGEL checkpoint (default: the bundled demo model)")
     p.add_argument("--modality", choices=MODALITIES, help="of lines that do not say theirs")
     p.add_argument(
+        "--prompts",
+        nargs="+",
+        action="extend",
+        metavar="P",
+        help="for each image, where JOB is a folder of them",
+    )
+    p.add_argument(
         "--seed",
         type=int,
         default=0,
@@ -62,7 +77,13 @@ def parser() -> argparse.ArgumentParser:
     groups["images"].add_argument("--negative-prompt", metavar="P", help="what guidance leads away from")
     groups["text"].add_argument("--think", action="store_true", help="let the model plan in words first")
     add_flags(groups, EngineConfig, defaults=True)
+    hosts.add_flags(groups["serving"])
     g = p.add_argument_group("job")
+    g.add_argument(
+        "--preset",
+        choices=tuple(PRESETS),
+        help="JOB is this benchmark's own file of prompts; defaults and folders are its official evaluation's",
+    )
     g.add_argument("--shard-size", type=int, default=1000, metavar="N", help="lines a part of the output (%(default)s)")
     g.add_argument("--num-images", type=int, default=1, metavar="N", help="images a line, of N seeds (%(default)s)")
     g.add_argument(
@@ -70,6 +91,9 @@ def parser() -> argparse.ArgumentParser:
         default="files",
         choices=("files", "webdataset"),
         help="images as files, or with the records in a tar file a part (%(default)s)",
+    )
+    g.add_argument(
+        "--retry-errors", action="store_true", help="compute lines anew that are errors so far, and only them"
     )
     g.add_argument("--strict", action="store_true", help=f"exit with {STRICT} if the job is done but lines failed")
     g.add_argument(
@@ -90,11 +114,26 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
+def parsed(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line, with the defaults of its preset, if it has one."""
+    p = parser()
+    args = p.parse_args(argv)
+    if args.preset:
+        p.set_defaults(**preset_flags(args.preset, args.think))
+        args = p.parse_args(argv)
+    return args
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit code."""
-    args = parser().parse_args(argv)
+    args = parsed(argv)
     try:
-        return _run(args)
+        config = from_flags(args, EngineConfig)
+        team = hosts.join(args.coordinator, args.num_processes, args.process_id)
+        if not team.first:
+            return team.follow(lambda: _open(args, config))
+        with contextlib.closing(team):
+            return _run(args, config, team)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
@@ -106,40 +145,62 @@ def main(argv: Sequence[str] | None = None) -> int:
         return FAILED
 
 
-def _run(args: argparse.Namespace) -> int:
+def _open(args: argparse.Namespace, config: EngineConfig) -> Bagel:
+    from bagel_jax.bagel import Bagel  # late: brings jax, and bad arguments are found without it
+
+    return Bagel.open(args.model or MODEL, args.dtype, config)
+
+
+def _run(args: argparse.Namespace, config: EngineConfig, team: hosts.Team) -> int:
     for name, least in (("shard_size", 1), ("num_images", 1), ("grace", 0), ("dead_after", 5)):
         if not getattr(args, name) >= least:
             raise InputError(f"{name} is {getattr(args, name)}; it must be a number, at least {least}")
-    config = from_flags(args, EngineConfig)
     Settings(**settings_of(args))  # checked here, once, instead of on every line
     usual = _usual(args)
-    job = Job(open_source(args.job))
+    preset = open_preset(args) if args.preset else None
+    source = preset or open_source(args.job, args.modality, args.prompts)
+    job = Job(source)
     if "://" in (args.model or ""):
         raise InputError(f"--model {args.model} is not on this machine; give a folder that is, with a copy of it")
     model_folder = Path(args.model or MODEL)
     output = place(args.output)
     if isinstance(output, Path):
         output = output_folder(args.output)
-
-    from bagel_jax.bagel import Bagel  # late: brings jax, and bad arguments are found without it
-
-    model = Bagel.open(model_folder, args.dtype, config)
+    if args.prompts is not None and isinstance(output, Path) and output.resolve().is_relative_to(source.base.resolve()):
+        raise InputError(f"--output {output} lies in {source.base}, whose images are the job; give another folder")
+    model = _open(args, config)
     more = {name: getattr(args, name) for name in ("format", "shard_size", "dtype", "vae_tiling")}
     folder = JobFolder(output, identity(job, model_folder, usual, version=__version__, **more))
+    if preset:
+        preset.prepare()
     started = time.perf_counter()
-    progress = _Progress(args.progress)
-    worker = Worker(job, folder, args.shard_size, usual, dead_after=args.dead_after, tell=progress)
+    how = {"dead_after": args.dead_after, "retry_errors": args.retry_errors}
+    worker = Worker(job, folder, args.shard_size, usual, **how)
+    progress = Progress(args.progress, worker.lines, device_memory)
+
+    def run_many(requests: Iterator[Request]) -> Iterator[tuple[Request, Result | Exception]]:
+        first = next(requests, None)
+        if first is None:  # others have all that is left, and the weights need not be read
+            return
+        team.begin()
+        yield from model.run_many(itertools.chain([first], requests))
+
     with contextlib.closing(model), contextlib.closing(progress), signals(worker, args.grace):
-        worker.run(model.run_many)
+        worker.run(run_many, progress)
     seconds = time.perf_counter() - started
     summary = folder.summarize()
+    if worker.counts.done or not folder.has("sheet.png"):
+        write_sheet(folder)
     failed = sum(summary["errors"].values())
-    kinds = "".join(f"\n  {count:,} {kind}" for kind, count in sorted(summary["errors"].items()))
+    rate = worker.counts.done / max(seconds, 1e-3)
     print(
         f"{summary['lines']:,} lines in {summary['parts']:,} parts, {failed:,} of them errors, see {folder.path}; this "
-        f"worker answered {worker.counts.done:,} requests in {seconds:.0f} s{kinds}",
+        f"worker answered {worker.counts.done:,} requests in {seconds:.0f} s, {rate:.2f} a second\n{table(summary)}",
+        end="",
         flush=True,
     )
+    if preset:
+        print(preset.lay_out(folder.path), flush=True)
     return STRICT if failed and args.strict else DONE
 
 
@@ -148,31 +209,6 @@ def _usual(args: argparse.Namespace) -> Defaults:
     given = {"modality": args.modality, "think": args.think or None, "negative_prompt": args.negative_prompt}
     said = settings_of(args) | {name: value for name, value in given.items() if value is not None}
     return Defaults(said, args.seed, args.num_images)
-
-
-class _Progress:
-    """Tells how far this worker is: a bar in a terminal, a line now and then in a file."""
-
-    def __init__(self, how: str):
-        bar = how == "bar" or (how == "auto" and sys.stderr.isatty())
-        self._bar = tqdm(unit="request", file=sys.stderr) if bar else None
-        self._log = not bar and how != "none"
-        self._started = self._told = time.monotonic()
-
-    def __call__(self, counts: Counts) -> None:
-        """After a line."""
-        if self._bar is not None:
-            self._bar.update(counts.done - self._bar.n)
-            self._bar.set_postfix(errors=counts.errors, refresh=False)
-        now = time.monotonic()
-        if self._log and now - self._told > _LOG_SECONDS:
-            self._told, rate = now, counts.done / (now - self._started)
-            print(f"{counts.done:,} done, {counts.errors:,} errors, {rate:.2f} requests/s", file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        """Ends the bar."""
-        if self._bar is not None:
-            self._bar.close()
 
 
 @contextlib.contextmanager

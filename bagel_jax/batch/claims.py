@@ -14,7 +14,8 @@ import threading
 import time
 from typing import Any
 
-from bagel_jax.batch.store import Place, open_folder
+from bagel_jax.batch.places import Place
+from bagel_jax.batch.store import open_folder
 
 _TOUCH_SECONDS = 2.0
 _CLAIM = re.compile(r"\d+\.\d+")
@@ -40,12 +41,12 @@ class Claims:
 
     def take(self, block: int) -> int | None:
         """Claims a block; returns the number of the claim, above 0 where a dead worker had it, or None: another's."""
-        if not self.free(block):
+        last = self._last(block)  # one look: a second might see a claim that another has made since
+        if not self._free(last):
             return None
-        last = self._last(block)
         number = 0 if last is None else _number(last) + 1
         name = f"{block:05d}.{number}"
-        if not self._folder.create(name, self._worker.encode()):  # another was faster
+        if not self._folder.create(name, self._worker.encode()):  # another was faster, or has just removed the folder
             return None
         with self._lock:
             self._mine[block] = name
@@ -53,8 +54,11 @@ class Claims:
 
     def free(self, block: int) -> bool:
         """Whether nobody has the block, or a dead worker."""
-        last = self._last(block)
-        return last is None or self._dead(last)
+        return self._free(self._last(block))
+
+    def blocks(self) -> set[int]:
+        """All blocks that are claimed, by whomever."""
+        return {int(name.partition(".")[0]) for name in self._names("")}
 
     def mine(self, block: int) -> bool:
         """Whether the block is still this worker's."""
@@ -75,11 +79,17 @@ class Claims:
         self._thread.join()
         for block in list(self._mine):
             self.release(block)
+        self._folder.clear("*.tmp")  # of those who died; who is just claiming a block does so again
         self._folder.remove_if_empty()  # or others have claims
 
+    def _names(self, prefix: str) -> list[str]:
+        return list(filter(_CLAIM.fullmatch, self._folder.names(prefix)))
+
     def _last(self, block: int) -> str | None:
-        found = filter(_CLAIM.fullmatch, self._folder.names(f"{block:05d}."))
-        return max(found, key=_number, default=None)
+        return max(self._names(f"{block:05d}."), key=_number, default=None)
+
+    def _free(self, last: str | None) -> bool:
+        return last is None or self._dead(last)
 
     def _dead(self, claim: str) -> bool:
         try:

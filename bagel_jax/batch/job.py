@@ -9,8 +9,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from bagel_jax.batch.openai_lines import MAX_N, heading, is_openai, request_fields
+from bagel_jax.batch.places import Names, Place
 from bagel_jax.batch.sources import Source
-from bagel_jax.batch.store import Names, Place
 from bagel_jax.errors import InputError, json_object
 from bagel_jax.options import APPLICABLE, MAX_SEED
 from bagel_jax.request import Request
@@ -53,6 +54,11 @@ class Job:
                 return
             yield Block(number, block)
 
+    def count(self) -> float | None:
+        """How many lines there are, as far as the source knows."""
+        count = getattr(self.source, "count", None)
+        return None if count is None else count()
+
 
 @dataclass(frozen=True)
 class Defaults:
@@ -73,12 +79,13 @@ def read_line(line: Line, base: Place, usual: Defaults) -> tuple[dict[str, Any],
     """A line as what it says of itself, and its requests, one an image or a text, or what is wrong with it.
 
     Args:
-        line: a `RequestForm` as JSON, with free `metadata`.
+        line: a `RequestForm` as JSON, with free `metadata`; or a line of OpenAI's batch files.
         base: the folder that images' paths start from.
         usual: for what the line does not say.
 
     Returns:
-        `id`, `modality`, `prompt`, `seed` and `metadata`, those that are there, and the requests.
+        `id`, `modality`, `prompt`, `seed` and `metadata`, those that are there, with `openai` of a line in that form;
+        and the requests.
     """
     said: dict[str, Any] = {"id": str(line.number), "line": line.number}
     try:
@@ -89,23 +96,30 @@ def read_line(line: Line, base: Place, usual: Defaults) -> tuple[dict[str, Any],
                 f"line {line.number} is not valid Unicode text ({error.reason} at byte {error.start}); give it in UTF-8"
             ) from None
         data = json_object(text, '{"modality": "text2img", "prompt": "a red bench"}')
-        if "metadata" in data:
+        count, step = None, usual.num_images
+        if is_openai(data):
+            said["openai"] = heading(data, line.number, line.text)
+            said["id"] = str(data.get("custom_id"))
+            data, count = request_fields(data)
+            step = max(step, MAX_N)  # each line says how many it wants, and none shall have another's seeds
+        elif "metadata" in data:
             said["metadata"] = data.pop("metadata")
         if type(data.get("id")) is int:
             data["id"] = str(data["id"])
         modality = data.get("modality", usual.fields.get("modality"))
         settings = APPLICABLE.get(modality, ()) if isinstance(modality, str) else ()
         known = {k: v for k, v in usual.fields.items() if k not in _SETTINGS or k in settings}
-        seed = (usual.seed + line.number * usual.num_images) % (MAX_SEED + 1)
+        seed = (usual.seed + line.number * step) % (MAX_SEED + 1)
         data = {"id": str(line.number), "seed": seed, **known, **data}
-        said |= {name: data[name] for name in ("id", "modality", "prompt", "seed") if data.get(name) is not None}
+        said |= {name: data[name] for name, kind in _SAID.items() if type(data.get(name)) is kind}
         request = Request.from_json(data, Names(base))
-        count = usual.num_images if request.makes_image else 1
+        count = count or (usual.num_images if request.makes_image else 1)
         return said, tuple(replace(request, seed=(request.seed + i) % (MAX_SEED + 1)) for i in range(count))
     except Exception as error:  # whatever a line holds, the others go on
         return said, error
 
 
+_SAID = {"id": str, "modality": str, "prompt": str, "seed": int}  # columns of one type, even where a line is wrong
 _SETTINGS = frozenset(itertools.chain.from_iterable(APPLICABLE.values()))
 
 

@@ -1,21 +1,24 @@
-"""Where a job's requests come from: lines of JSON, one a request."""
+"""Where a job's requests come from: a file of them, or a folder of images; each one a line of JSON here."""
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from bagel_jax.batch.store import Place, open_file, place
+from bagel_jax.batch.files import file_fingerprint, open_file
+from bagel_jax.batch.folder import ImageFolder
+from bagel_jax.batch.parquet import ParquetRows
+from bagel_jax.batch.places import Place, parent, place
 from bagel_jax.errors import InputError
-
-_END_BYTES = 2**16  # of a file's beginning and end that its fingerprint holds
 
 
 class Source(Protocol):
     """What a job is read from.
+
+    One may also have `count() -> float | None`: how many requests there are, as far as is known without reading on.
+    Only what progress is told depends on it.
 
     Attributes:
         name: what errors call it.
@@ -40,34 +43,48 @@ class JsonLines:
     """
 
     def __init__(self, path: Place):
-        self.name, self._path = str(path), path
-        self.base = path.parent if isinstance(path, Path) else path.rpartition("/")[0]
-        try:
-            with open_file(path) as file:
-                self._size = file.seek(0, os.SEEK_END)
-        except OSError as error:
-            raise InputError(f"the job {path} cannot be read ({error.strerror}); give a file of requests") from None
+        self.name, self.base, self._path = str(path), parent(path), path
+        self._seen = 0, 0  # bytes and lines, as far as the file was ever read
+        with open_file(path) as file:
+            self._size = file.seek(0, os.SEEK_END)
 
     def lines(self) -> Iterator[bytes]:
         """All lines but blank ones."""
         with open_file(self._path) as file:
             if file.read(3) != b"\xef\xbb\xbf":  # what some editors put before UTF-8
                 file.seek(0)
-            yield from (line for line in file if line.strip())
+            read, count = file.tell(), 0
+            for line in file:
+                read += len(line)
+                if line.strip():
+                    count += 1
+                    self._seen = max(self._seen, (read, count))
+                    yield line
+            self._seen = read, count
+
+    def count(self) -> float | None:
+        """How many lines there are if the rest are as long as those that were read."""
+        read, count = self._seen
+        return count * self._size / read if read else None
 
     def fingerprint(self) -> dict[str, Any]:
-        """Its length, its beginning and its end, however long it is."""
-        with open_file(self._path) as file:
-            ends = file.read(_END_BYTES)
-            file.seek(max(0, self._size - _END_BYTES))
-            ends += file.read(_END_BYTES)
-        return {"bytes": self._size, "ends_sha256": hashlib.sha256(ends).hexdigest()}
+        """Its length, its beginning and its end."""
+        return file_fingerprint(self._path)
 
 
-def open_source(job: str) -> Source:
-    """What a command line calls JOB.
+def open_source(job: str, modality: str | None = None, prompts: Sequence[str] | None = None) -> Source:
+    """What a command line calls JOB: a folder of images, a `.parquet` file, or else a JSONL file.
+
+    Args:
+        job: its path or URL; a folder is one of this machine.
+        modality, prompts: what is to be done with the images of a folder.
 
     Raises:
-        InputError: it cannot be read.
+        InputError: it cannot be read, or there are prompts and no folder, or the other way round.
     """
-    return JsonLines(place(job))
+    path = place(job)
+    if isinstance(path, Path) and path.is_dir():
+        return ImageFolder(path, modality, prompts)
+    if prompts is not None:
+        raise InputError(f"--prompts was given for {path}, whose lines have their own; it is for a folder of images")
+    return ParquetRows(path) if job.lower().endswith(".parquet") else JsonLines(path)

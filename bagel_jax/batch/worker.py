@@ -12,6 +12,9 @@ from typing import Any
 from bagel_jax.batch.claims import Claims, worker_name
 from bagel_jax.batch.job import Block, Defaults, Job, Line, read_line
 from bagel_jax.batch.output import JobFolder, Part, file_names
+from bagel_jax.batch.places import Place
+from bagel_jax.batch.records import failed
+from bagel_jax.batch.stats import tally
 from bagel_jax.errors import InputError
 from bagel_jax.request import Request, Result
 from bagel_jax.results import told
@@ -36,8 +39,9 @@ class _Open:
 
     number: int
     part: Part
-    said: list[dict[str, Any]]  # by lines
-    started: float
+    kept: list[dict[str, Any] | None]  # by lines: records that stay as they are
+    said: list[dict[str, Any]]
+    began: float  # by the clock on the wall, for other workers
     # Of each line, what came of its requests, in their order; one entry of a line that is none.
     came: list[list[dict[str, Any] | None]]
     missing: int  # entries
@@ -45,8 +49,8 @@ class _Open:
 
     def records(self) -> list[dict[str, Any]]:
         """A record a line."""
-        came = (parts[0] if len(parts) == 1 else _several(parts) for parts in self.came)
-        return [said | record for said, record in zip(self.said, came, strict=True)]
+        lines = zip(self.kept, self.said, self.came, strict=True)
+        return [kept or said | (came[0] if len(came) == 1 else _several(came)) for kept, said, came in lines]
 
 
 def _several(came: list[dict[str, Any]]) -> dict[str, Any]:
@@ -67,7 +71,7 @@ class Worker:
         shard_size: lines of a block.
         usual: for lines that do not say otherwise.
         dead_after: seconds without a sign of life after which another worker's block is taken over.
-        tell: called with `Counts` after each line.
+        retry_errors: whether lines that are errors when `run` begins are computed anew.
     """
 
     def __init__(
@@ -78,27 +82,44 @@ class Worker:
         usual: Defaults,
         *,
         dead_after: float = 30.0,
-        tell: Callable[[Counts], None] = lambda _: None,
+        retry_errors: bool = False,
     ):
         self._job, self._folder, self._size = job, folder, shard_size
-        self._usual, self._dead_after, self._tell = usual, dead_after, tell
+        self._usual, self._dead_after, self._retry_errors = usual, dead_after, retry_errors
         self._open: dict[int, _Open] = {}
         self._claims: Claims | None = None
         self._ending = threading.Lock()  # whoever has it publishes, or lets go of everything
+        self._retrying = False
         self.counts, self.stopped = Counts(), False
 
-    def run(self, run_many: RunMany) -> None:
+    def run(self, run_many: RunMany, tell: Callable[[Counts], None] = lambda _: None) -> None:
         """Works until every block of the job is done, by this worker or another, or until `stop`.
 
         Args:
             run_many: `Bagel.run_many`, or what does the same.
+            tell: called after each request.
 
         Raises:
             OSError: the folder cannot be written to any more.
         """
-        if all(self._folder.done(block.number) for block in self._job.blocks(self._size)):
+        self._tell = tell
+        # Known before anything is done: what fails from now on, here or elsewhere, is not tried again.
+        found = self._folder.all_stats() if self._retry_errors else {}
+        errors = {number: stats["retries"] for number, stats in found.items() if stats["errors"]}
+        self._round(run_many, self._folder.claims, lambda number: not self._folder.done(number))
+        self._retrying = bool(errors)
+        if errors and not self.stopped:
+            self._round(
+                run_many,
+                self._folder.retries,
+                lambda number: number in errors and self._folder.stats(number)["retries"] == errors[number],
+            )
+
+    def _round(self, run_many: RunMany, claims: Place, wanted: Callable[[int], bool]) -> None:
+        """Works until no block is wanted any more; what is not, once its results are there, says `wanted`."""
+        if not any(wanted(block.number) for block in self._job.blocks(self._size)):
             return  # without a model
-        self._claims = Claims(self._folder.claims, worker_name(), self._dead_after)
+        self._wanted, self._claims = wanted, Claims(claims, worker_name(), self._dead_after)
         try:
             while not self.stopped:
                 left: list[int] = []
@@ -107,11 +128,26 @@ class Worker:
                 # Others have those. The file is read again when one of them can be had.
                 while left and not self.stopped and not any(map(self._claims.free, left)):
                     time.sleep(_LOOK_SECONDS)
-                    left = [number for number in left if not self._folder.done(number)]
+                    left = [number for number in left if wanted(number)]
                 if not left:
-                    return
+                    break
+            for number in () if self.stopped else self._claims.blocks():  # of those who died when all was done
+                if self._claims.take(number) is not None:
+                    self._claims.release(number)
         finally:
             self.let_go()
+
+    def lines(self) -> tuple[float, float | None]:
+        """How many lines of the job all workers have done, and how many there are, as far as is known.
+
+        Blocks that others have in work are taken to be half done, or in the beginning as far as this worker's.
+        """
+        if self._retrying:
+            return 0.0, None
+        own = [1 - block.missing / max(1, sum(map(len, block.came))) for block in list(self._open.values())]
+        others = max(0, len(self._claims.blocks()) - len(own))
+        far = 0.5 if self.counts.blocks else min([0.5, *own])
+        return self._size * (self._folder.count() + sum(own) + others * far), self._job.count()
 
     def stop(self) -> bool:
         """Takes no more requests in; returns whether a block can still be finished by what the model has."""
@@ -131,13 +167,13 @@ class Worker:
         for block in self._job.blocks(self._size):
             if self.stopped:
                 return
-            if self._folder.done(block.number):
+            if not self._wanted(block.number):
                 continue
             claim = self._claims.take(block.number)
             if claim is None:
                 left.append(block.number)
                 continue
-            if self._folder.done(block.number):  # just now, by whose claim that was
+            if not self._wanted(block.number):  # done just now, by whose claim that was
                 self._claims.release(block.number)
                 continue
             yield from self._requests(block, claim)
@@ -145,10 +181,18 @@ class Worker:
     def _requests(self, block: Block, claim: int) -> Iterator[Request]:
         said, requests = map(list, zip(*(self._read(line) for line in block.lines), strict=True))
         counts = [len(some) if isinstance(some, tuple) else 1 for some in requests]
-        part = self._folder.part(block.number, claim, file_names(said, counts, dots=not self._folder.tar))
-        came = [[None] * count for count in counts]
-        now = self._open[block.number] = _Open(block.number, part, said, time.perf_counter(), came, sum(counts))
+        names = file_names(said, counts, self._usual.num_images, dots=not self._folder.tar)
+        kept: list[dict[str, Any] | None] = [None] * len(said)
+        again = self._folder.done(block.number)
+        if again:
+            kept = [None if failed(record) else record for record in self._folder.records(block.number)]
+        part = self._folder.part(block.number, claim, names, [one is not None for one in kept] if again else None)
+        came = [[None] * count if one is None else [] for one, count in zip(kept, counts, strict=True)]
+        now = _Open(block.number, part, kept, said, time.time(), came, sum(map(len, came)))
+        self._open[block.number] = now
         for i, some in enumerate(requests):
+            if kept[i] is not None:
+                continue
             if isinstance(some, Exception):
                 self._failed(now, i, 0, some)
                 continue
@@ -161,7 +205,10 @@ class Worker:
         self._publish(now)
 
     def _read(self, line: Line) -> tuple[dict[str, Any], tuple[Request, ...] | Exception]:
-        return read_line(line, self._job.source.base, self._usual)
+        said, requests = read_line(line, self._job.source.base, self._usual)
+        if isinstance(requests, tuple):
+            said.setdefault("prompt", requests[0].prompt)  # of those with `inputs`
+        return said, requests
 
     def _note(self, request: Request, outcome: Result | Exception) -> None:
         number, i, k = map(int, request.request_id.split(":"))
@@ -202,12 +249,21 @@ class Worker:
         with self._ending:
             if self._open.pop(number, None) is None:
                 return
-            if not self._claims.mine(number) or self._folder.done(number):
+            if not self._claims.mine(number) or not self._wanted(number):
                 now.part.drop()
             else:
                 records = now.records()
-                errors = Counter(record["kind"] for record in records if record["status"] == "error")
-                seconds = round(time.perf_counter() - now.started, 3)
-                now.part.publish(records, {"lines": len(records), "errors": errors, "seconds": seconds})
+                now.part.publish(records, self._stats(now, records))
                 self.counts.blocks += 1
             self._claims.release(number)
+
+    def _stats(self, now: _Open, records: list[dict[str, Any]]) -> dict[str, Any]:
+        """What is counted of a block; see `stats.summary`."""
+        before = self._folder.stats(now.number) if self._folder.done(now.number) else {"worked": [], "retries": -1}
+        return {
+            "lines": len(records),
+            "errors": Counter(record["kind"] for record in records if failed(record)),
+            **tally(record for record in records if not failed(record)),
+            "worked": [*before["worked"], [round(now.began, 3), round(time.time(), 3)]],
+            "retries": before["retries"] + 1,
+        }

@@ -162,8 +162,11 @@ class Engine:
                 self.offers.append(ticket)
                 return self._told([_nothing_done(ticket)], now)
             else:
+                image = request.makes_image and not ticket.only_context
+                if image and self.context.store is self.denoise.store:
+                    ticket.blocks = self.denoise.blocks_needed(ticket)
                 self.context.submit(ticket)
-                if request.makes_image and not ticket.only_context:
+                if image:
                     self.denoise.check(ticket, self.context.pages_needed(ticket))
         except Exception as error:
             return self._end(ticket, error, now)
@@ -246,6 +249,7 @@ class Engine:
             self.offers.remove(ticket)
         if ticket.context is not None:
             self.context.drop(ticket)
+        self.context.store.blocks.forgo(ticket)
         self.denoise.drop(ticket)
         if ticket.lease is not None:
             ticket.lease.release()

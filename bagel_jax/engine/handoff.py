@@ -92,7 +92,7 @@ class Lease:
         """
         if store is self.store:
             return self
-        if len(self.pages) > store.pool.num_free:
+        if not store.make_room(len(self.pages)):
             return None
         moved = self.export().lease(store)
         if moved is not None:

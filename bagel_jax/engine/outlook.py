@@ -30,8 +30,7 @@ from bagel_jax.engine.kv.store import (
     SHARE,
     VIEWS,
     all_blocks,
-    context_pages,
-    denoise_pages,
+    count_pages,
     largest_context,
     page_bytes,
 )
@@ -54,7 +53,7 @@ class Outlook:
     meshes: tuple[MeshShape, ...]  # of the stages; one where they have the same
     share: int  # bytes of weights
     free: int | None  # bytes without weights and pages; None: a CPU, of which nothing is told
-    pages: int | None  # for contexts in stage 0
+    pages: int | None  # of the KV cache in stage 0
     image: int  # pixels along the side of the largest image for which there will be memory; 0: for none
 
     def __str__(self) -> str:
@@ -67,8 +66,8 @@ class Outlook:
         if self.image:
             return f"{said}; images up to {self.image}x{self.image}"
         return (
-            f"{said}; {self.free / 2**30:.1f} GiB are left for programs, which may be too little for images: give a "
-            "smaller num_pages or dit_max_num_seqs, or more devices"
+            f"{said}; {self.free / 2**30:.1f} GiB are left for programs, which may be too little for images: give "
+            "another num_pages, a smaller dit_max_num_seqs, or more devices"
         )
 
 
@@ -117,15 +116,16 @@ def outlook(
     context, denoise = placements
     own = context is denoise
     a_page = page_bytes(config, settings.page_size, dtype, context)
-    plan = context_pages(int(SHARE * left[0]), a_page, config, settings, own=own)
-    left[0] -= plan.total * a_page
+    pages = count_pages(int(SHARE * left[0]), a_page, config, settings, contexts=True, images=own)
+    left[0] -= pages * a_page
     if not own:
         if set(context.mesh.devices.flat) & set(denoise.mesh.devices.flat):
-            left[1] -= plan.total * a_page
+            left[1] -= pages * a_page
         a_page = page_bytes(config, settings.page_size, dtype, denoise)
-        left[1] -= denoise_pages(int(SHARE * left[1]), a_page, config, settings).total * a_page
-    image = _largest_image(denoise.mesh, config, settings, dtype, left[1 - own])
-    return Outlook(total, len(devices), shapes, max(map(held, placements)), min(left[: 2 - own]), plan.contexts, image)
+        other = count_pages(int(SHARE * left[1]), a_page, config, settings, contexts=False, images=True)
+        left[1] -= other * a_page
+    image = _largest_image(denoise.mesh, config, settings, dtype, left[1 - own], pages if own else other)
+    return Outlook(total, len(devices), shapes, max(map(held, placements)), min(left[: 2 - own]), pages - 1, image)
 
 
 def weights_a_device(config: BagelConfig, dtype, mesh: Mesh | AbstractMesh, rules: Rules = SERVING) -> int:
@@ -157,10 +157,18 @@ def temporaries(mesh: Mesh | AbstractMesh, config: BagelConfig, settings: Engine
     return max(denoising, decoding) * itemsize
 
 
-def _largest_image(mesh: Mesh, config: BagelConfig, settings: EngineConfig, dtype, free: int) -> int:
-    sides = range(config.max_latent_size, 0, -1)
-    fitting = (side for side in sides if temporaries(mesh, config, settings, dtype, side * config.token_pixels) <= free)
-    return next(fitting, 0) * config.token_pixels
+def _largest_image(mesh: Mesh, config: BagelConfig, settings: EngineConfig, dtype, free: int, pages: int) -> int:
+    def fits(side: int) -> bool:
+        meanwhile = temporaries(mesh, config, settings, dtype, side * config.token_pixels)
+        return meanwhile <= free and _edit_pages(config, settings, side) < pages
+
+    return next(filter(fits, range(config.max_latent_size, 0, -1)), 0) * config.token_pixels
+
+
+def _edit_pages(config: BagelConfig, settings: EngineConfig, side: int) -> int:
+    """Pages of one edit of an image of so many latent tokens a side."""
+    size = settings.page_size
+    return largest_context(config, size, side) + all_blocks(side**2, size)
 
 
 def _too_large(
@@ -171,7 +179,7 @@ def _too_large(
     said += f", {_gib(held)} a device of this mesh," if place.mesh.size > 1 else ""
     said += f" and the device has {_gib(free)}; {_narrower(dtype)}"
     a_page = page_bytes(config, settings.page_size, dtype, place) * place.share_of_page()
-    pages = all_blocks(config, settings) + largest_context(config, settings.page_size) + 1
+    pages = 1 + _edit_pages(config, settings, config.max_latent_size)
     for tensor in range(2, _MOST_DEVICES + 1):
         heads = math.gcd(tensor, config.trunk.num_kv_heads)
         mesh = AbstractMesh((1, 1, heads, tensor // heads), AXES, axis_types=(AxisType.Auto,) * len(AXES))

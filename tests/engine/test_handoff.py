@@ -279,7 +279,7 @@ def test_views_share_pages(context):
     np.testing.assert_array_equal(context.length, [plan.cond.length, plan.drop_text.length, plan.drop_image.length])
     np.testing.assert_array_equal(context.rope, [plan.cond.rope, plan.drop_text.rope, plan.drop_image.rope])
     assert context.num_pages <= sum(-(-length // size) for length in (plan.cond.length, plan.drop_image.length))
-    store = KVStore(model().placements[0], model().config, size, 9, 0, model().dtype)
+    store = KVStore(model().placements[0], model().config, size, 10, model().dtype)
     store.pages = store.pages + np.arange(10, dtype=np.float32)[:, None, None, None, None]
     views = Views("edit", (32, 32), 1, 2, np.asarray([3, 2, 1]) * size, np.zeros(3, np.int32))
     exported = Lease(store, views, [[7, 3, 9], [7, 3], [5]]).export()

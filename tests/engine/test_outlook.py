@@ -101,7 +101,7 @@ def test_a_mesh_that_fits(published):
     """One line says what a user wants to know."""
     told = judged(published, 15.75, tensor=4)
     assert (
-        str(told) == "27.4 GiB of weights over 4 devices (tensor=4), 7.2 GiB each; 1,384 pages; images up to 1024x1024"
+        str(told) == "27.4 GiB of weights over 4 devices (tensor=4), 7.2 GiB each; 1,780 pages; images up to 1024x1024"
     )
     assert judged(published, 15.75, data=2, tensor=4).share == told.share
 
@@ -111,7 +111,7 @@ def test_fewer_images_than_the_model_could_draw(published):
     one = judged(published, 31.25)
     assert one.image == 0
     assert str(one).startswith("27.4 GiB of weights over one device; ")
-    assert "GiB are left for programs, which may be too little for images: give a smaller num_pages" in str(one)
+    assert "GiB are left for programs, which may be too little for images: give another num_pages" in str(one)
     assert 0 < judged(published, 36, EngineConfig(dit_max_num_seqs=1, num_pages=500)).image <= 1024
 
 
@@ -154,8 +154,17 @@ def test_a_mesh_of_devices_that_are_there(published, monkeypatch):
 
 def test_weights_that_leave_no_room_for_pages(published):
     """The weights are read for minutes before the engine says that there is no room for its cache."""
-    with pytest.raises(InputError, match=r"dit_max_num_seqs is 2, for which stage 1 needs \d+ pages"):
-        judged(published, 28)
+    with pytest.raises(InputError, match="bytes left for the KV cache, and a page of 64 tokens takes"):
+        judged(published, 27.37)
+
+
+def test_pages_for_smaller_images(published):
+    """An image is promised whose blocks have no pages, or none, where smaller ones would fit."""
+    config = EngineConfig(dit_max_num_seqs=1)
+    fewer = EngineConfig(dit_max_num_seqs=1, num_pages=200)
+    assert judged(published, 80, config).image == 1024
+    assert 512 <= judged(published, 80, fewer).image < 1024
+    assert judged(published, 80, EngineConfig(num_pages=30)).image == 0
 
 
 def test_two_meshes_on_the_same_devices(published):

@@ -188,7 +188,8 @@ def test_a_context_lies_once():
     engine.step([Run(DENOISE, 1)])
     assert [job.ticket for job in engine.denoise.jobs] == [ticket]
     assert set(ticket.lease.pages) == pages
-    assert held(engine) == len(pages)  # in work
+    (job,) = engine.denoise.jobs
+    assert held(engine) == len(pages) + len(job.blocks)  # in work
     finish(engine)
     kept = store.prefixes.pages
     assert held(engine) == len(kept)
@@ -204,6 +205,39 @@ def test_a_context_lies_once():
     engine.check()
 
 
+@pytest.mark.parametrize("cached", [True, False])
+def test_images_take_turns_where_pages_are_few(cached):
+    """Contexts that wait hold the pages that the first image is to be denoised in, and nothing goes on for ever."""
+    few = {"topology": "single-stage", "prefix_cache": cached, "dit_max_num_seqs": 2, "page_size": 16}
+    made = new_model(num_pages=200, **few)
+    tickets = [made.prepare(edit(f"edit {i}", seed=i)) for i in range(3)]
+    text = Request.create("text2text", "a bench", max_tokens=40)
+    texts = [made.prepare(dataclasses.replace(text, request_id=f"text {i}")) for i in (0, 1)]
+    engine = core_of(made)
+    engine.step([Submit(tickets[0])])
+    ticket = engine.tickets["edit 0"]
+    needed = engine.context.pages_needed(ticket) + ticket.blocks
+    whole = outcomes(finish(engine))["edit 0"]
+
+    for number, most in ((needed, 1), (3 * needed, 2)):
+        engine = core_of(new_model(num_pages=number + 1, **few))
+        engine.step([Submit(one) for one in (*tickets, *texts)])
+        at_once, events = 0, []
+        for _ in range(400):
+            if not engine.tickets:
+                break
+            events += engine.step([Run(CONTEXT), Run(DENOISE, 1)])
+            at_once = max(at_once, len(engine.denoise.jobs))
+            events += engine.step([Collect(CONTEXT), Collect(DENOISE)])
+        told = outcomes(events)
+        assert sorted(told) == ["edit 0", "edit 1", "edit 2", "text 0", "text 1"]
+        assert at_once == most
+        np.testing.assert_allclose(told["edit 0"].latents, whole.latents, atol=1e-5)
+    refused = outcomes(core_of(new_model(num_pages=needed, **few)).step([Submit(tickets[0])]))["edit 0"]
+    assert isinstance(refused, InputError)
+    assert "ask for a smaller image" in str(refused)
+
+
 def test_a_moved_context_lies_in_stage_1_alone():
     """With a device for each stage a context goes on taking stage 0's pages while its image is made."""
     made = new_model(prefix_cache=False)
@@ -217,7 +251,8 @@ def test_a_moved_context_lies_in_stage_1_alone():
     assert pool.num_free == pool.num_pages
     engine.step([Run(DENOISE, 1)])
     assert held(engine) == 0
-    assert pool.num_pages - pool.num_free == count
+    (job,) = engine.denoise.jobs
+    assert pool.num_pages - pool.num_free == count + len(job.blocks)
     finish(engine)
     assert pool.num_free == pool.num_pages
 
@@ -648,14 +683,15 @@ def test_a_given_context_lets_those_pass_that_hold_its_pages(monkeypatch):
         engine.step([Run("context"), Collect("context")])
     engine.step([Submit(made.prepare(first), context)])
     engine.offers.rotate(1)
-    taken = engine.context.store.allocate(engine.context.store.pool.num_free)  # only what the second holds comes free
+    store = engine.context.store
+    taken = store.allocate(store.pool.num_free - store.blocks.kept)  # only what the second holds comes free
     events = []
     for _ in range(50):
         if any(isinstance(event, Done) and event.request_id == "two" for event in events):
             break
         events += engine.step([Run("denoise"), Collect("denoise")])
     assert [event.request_id for event in events if isinstance(event, Done)] == ["two"]
-    engine.context.store.pool.release(taken)
+    store.pool.release(taken)
     events += finish(engine)
     assert {event.request_id for event in events if isinstance(event, Done)} == {"one", "two"}
     made.close()

@@ -146,11 +146,19 @@ class Scheduler:
             self.pool.release(sequence.pages)
             sequence.reset()
 
+    def _give_up(self, job: ContextJob) -> None:
+        """Takes away all that a job has here; it is to begin again."""
+        self._release_pages(job)
+        self.store.blocks.forgo(job.ticket)
+
     def _admit(self, copies, now: float) -> None:
         suspects = any(job.ticket.suspect for job in (*self.running, *self.waiting))
         while self.waiting and len(self.running) < (1 if suspects else self.settings.ar_max_num_seqs):
             job = self.waiting[0]
-            if self._in_work(job) or not self._start(job, copies):
+            if self._in_work(job):
+                break
+            # A prefix is held while its last page is copied, for which a request that is alone may lack the room.
+            if not self._start(job, copies) and (self.running or not self._start(job, copies, anew=True)):
                 break
             self.waiting.popleft()
             self.running.append(job)
@@ -174,12 +182,15 @@ class Scheduler:
             for placed, key in zip(s.segments, s.chain, strict=False)
         )
 
-    def _start(self, job: ContextJob, copies) -> bool:
-        """Finds what is there of a job's contexts and allocates the rest; False if that is too much."""
+    def _start(self, job: ContextJob, copies, *, anew: bool = False) -> bool:
+        """Finds what is there of a job's contexts, unless `anew`, and allocates the rest; False if that is too much."""
         started: list[tuple[int, int]] = []
         cached = 0
+        self.store.blocks.promise(job.ticket, job.ticket.blocks)
         for sequence in job.sequences:
-            pages, length = self.cache.find(sequence.chain) if self.settings.prefix_cache else ([], 0)
+            pages, length = [], 0
+            if self.settings.prefix_cache and not anew:
+                pages, length = self.cache.find(sequence.chain)
             if length <= sequence.shared:
                 pages, length = [], 0
             sequence.forked = sequence.source is None or length > 0
@@ -190,9 +201,7 @@ class Scheduler:
             fresh = self.store.allocate(self._pages(sequence.target) - whole)
             if fresh is None:
                 self.pool.release(held)
-                for done in job.sequences:
-                    self.pool.release(done.pages)
-                    done.reset()
+                self._give_up(job)
                 return False
             if sequence.forked:
                 sequence.pages, sequence.computed = [*pages[:whole], *fresh], length
@@ -228,7 +237,7 @@ class Scheduler:
 
     def _room_for_tokens(self, rows: list[ContextJob], tokens: int) -> bool:
         wanted = (self._pages(self._length_after(job, tokens)) - len(job.sequences[0].pages) for job in rows)
-        return self.cache.make_room(sum(max(0, count) for count in wanted))
+        return self.store.make_room(sum(max(0, count) for count in wanted))
 
     def _allocate_tokens(self, rows: list[ContextJob], tokens: int, now: float) -> None:
         """Pages for the next tokens of all rows; who came last gives way where there are not enough."""
@@ -238,7 +247,8 @@ class Scheduler:
 
     def preempt(self, job: ContextJob, now: float) -> None:
         """Takes a job's pages away; it starts again as soon as there are pages for it."""
-        self.release(job)
+        self.running.remove(job)
+        self._give_up(job)
         self.waiting.appendleft(job)
         job.ticket.enter("preempted", now)
 
@@ -246,7 +256,7 @@ class Scheduler:
         """Everything that was computed is lost: all wait again, in order of arrival, and those of other `jobs` too."""
         everybody = [*jobs, *self.running, *self.waiting]
         for job in everybody:
-            self._release_pages(job)
+            self._give_up(job)
         self.running.clear()
         self.waiting.clear()
         self.wait_again(everybody)

@@ -194,11 +194,11 @@ class ContextStage:
         longest = max(s.length for s in job.sequences) + (job.decoding.limit if job.decoding is not None else 0)
         if longest > MAX_CONTEXT:
             return f"the request may need {longest} tokens of context; at most {MAX_CONTEXT} are possible"
-        pages, there = self.scheduler.pages_needed(job), self.store.pool.num_pages
+        pages, there = self.scheduler.pages_needed(job) + job.ticket.blocks, self.store.pool.num_pages
         if pages > there:
             return (
                 f"the request may need {pages} pages of {size} tokens and the KV cache has {there}; raise num_pages to "
-                f"{pages + 1} or lower its limit of tokens"
+                f"{pages + 1}, lower its limit of tokens or ask for a smaller image"
             )
         return None
 

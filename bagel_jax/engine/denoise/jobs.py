@@ -27,6 +27,7 @@ class DenoiseJob:
     rope: np.ndarray  # [V]
     view_pages: list[list[int]]  # of each view's context
     slot: int = 0
+    blocks: list[int] = field(default_factory=list)  # pages, each view's in turn
     page_table: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.int32))  # [V, m], contexts and blocks
     taylor: list[TaylorState] | None = None  # of each view, with TaylorSeer
     done: int = 0  # evaluations that were dispatched

@@ -18,7 +18,7 @@ from bagel_jax.engine.denoise import decoder, steps
 from bagel_jax.engine.denoise.batch import denoise_batch, denoise_rows, forecasts_of, padded_tokens
 from bagel_jax.engine.denoise.jobs import DenoiseJob
 from bagel_jax.engine.handoff import check_context
-from bagel_jax.engine.kv.store import VIEWS, KVStore, block_pages
+from bagel_jax.engine.kv.store import VIEWS, KVStore, all_blocks, block_pages
 from bagel_jax.engine.ticket import Done, Event, Progress, Ticket
 from bagel_jax.errors import InputError
 from bagel_jax.inputs.images import to_image
@@ -59,7 +59,7 @@ class DenoiseStage:
         config: its sizes.
         tokenizer: for the marker tokens.
         settings: see `EngineConfig`.
-        store: keys and values; the pages behind `first_block` are this stage's, so many a slot.
+        store: keys and values.
     """
 
     def __init__(
@@ -71,7 +71,6 @@ class DenoiseStage:
         self.slots: list[DenoiseJob | None] = [None] * settings.dit_max_num_seqs
         self.spread = store.placement.spread
         self._largest = padded_tokens(config.max_latent_size**2, config, self.spread)
-        self._block = block_pages(config.max_latent_size**2, settings.page_size)
         self.calls: deque[Call] = deque()
         self.reset()
 
@@ -105,11 +104,18 @@ class DenoiseStage:
         """
         if ticket.given is not None:
             check_context(ticket.given, ticket.request_id, ticket.prepared.image_size, self.store)
-        elif pages > self.store.pool.num_pages:
+            pages = ticket.given.num_pages
+        blocks, there = self.blocks_needed(ticket), self.store.pool.num_pages
+        if pages + blocks > there:
             raise InputError(
-                f"the request needs {pages} pages of {self.settings.page_size} tokens in stage 1, which has "
-                f"{self.store.pool.num_pages}; give a shorter prompt or raise dit_max_num_seqs"
+                f"the request needs {pages + blocks} pages of {self.settings.page_size} tokens in stage 1, {blocks} of "
+                f"them for its image, and there are {there}; ask for a smaller image, give a shorter prompt or raise "
+                f"{'num_pages' if ticket.blocks else 'dit_max_num_seqs'}"
             )
+
+    def blocks_needed(self, ticket: Ticket) -> int:
+        """Pages that a request's image is denoised in, at most."""
+        return all_blocks(len(ticket.prepared.initial_latent), self.settings.page_size)
 
     def accept(self, ticket: Ticket, now: float) -> bool:
         """Takes over a request's context and gives it a slot, where there is room; says whether it did.
@@ -117,14 +123,21 @@ class DenoiseStage:
         Raises:
             Exception: the context cannot be taken over; then everything is as before.
         """
-        if None not in self.slots or not self._reserve(ticket):
+        blocks = self.store.blocks.take(self.blocks_needed(ticket)) if None in self.slots else None
+        if blocks is None:
             return False
-        job = DenoiseJob.create(ticket, ticket.lease)
-        job.slot = self.slots.index(None)
-        self._lay_blocks(job)
-        noise = np.zeros(self.latents.shape[1:], np.float32)
-        noise[: job.tokens] = ticket.prepared.initial_latent
-        self.latents = steps.join(self.latents, np.int32(job.slot), noise, spread=self.spread)
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.store.blocks.give_back, blocks)
+            if not self._reserve(ticket):
+                return False
+            job = DenoiseJob.create(ticket, ticket.lease)
+            job.slot, job.blocks = self.slots.index(None), blocks
+            self._lay_blocks(job)
+            noise = np.zeros(self.latents.shape[1:], np.float32)
+            noise[: job.tokens] = ticket.prepared.initial_latent
+            self.latents = steps.join(self.latents, np.int32(job.slot), noise, spread=self.spread)
+            undo.pop_all()
+        self.store.blocks.forgo(ticket)
         self.slots[job.slot], ticket.denoise = job, job
         ticket.enter("denoise", now)
         return True
@@ -133,9 +146,7 @@ class DenoiseStage:
         """Forgets a request and lets go of its context."""
         job, ticket.denoise = ticket.denoise, None
         if job is not None and self.slots[job.slot] is job:
-            self.slots[job.slot] = None
-            job.lease.release()
-            ticket.lease = None
+            self._let_go(job)
 
     def run(self, evaluations: int | None, now: float) -> bool:
         """Takes all requests as many evaluations further as need the same rows, at most so many; says whether it did.
@@ -203,17 +214,17 @@ class DenoiseStage:
 
     def _lay_blocks(self, job: DenoiseJob) -> None:
         """Gives each view pages for its block, which begins in a copy of the page with which its context ends."""
-        size, blocks, copies = self.settings.page_size, self._block, []
-        width = max(map(len, job.view_pages)) + block_pages(job.tokens, size)
+        size, copies = self.settings.page_size, []
+        count = block_pages(job.tokens, size)
+        width = max(map(len, job.view_pages)) + count
         job.page_table = np.zeros((len(job.view_pages), width), np.int32)
         for view, (pages, length) in enumerate(zip(job.view_pages, job.length, strict=True)):
-            first = self.store.first_block + (job.slot * VIEWS + view) * blocks
+            block = job.blocks[view * count : (view + 1) * count]
             whole, rest = divmod(int(length), size)
             job.page_table[view, :whole] = pages[:whole]
-            own = np.arange(first, first + block_pages(job.tokens, size))[: width - whole]
-            job.page_table[view, whole : whole + len(own)] = own
+            job.page_table[view, whole : whole + count] = block[: width - whole]
             if rest:
-                copies.append((pages[whole], first))
+                copies.append((pages[whole], block[0]))
         self.store.copy(copies)
 
     def _denoise(self, jobs: list[DenoiseJob], evaluations: int | None, now: float) -> None:
@@ -252,9 +263,14 @@ class DenoiseStage:
                     Call(list(group), latents if pixels is None else pixels, drawing=Drawing(latents, pixels))
                 )
         for job in jobs:
-            self.slots[job.slot] = None
-            job.lease.release()
-            job.ticket.lease = None
+            self._let_go(job)
+
+    def _let_go(self, job: DenoiseJob) -> None:
+        """Gives back a request's slot and all its pages."""
+        self.slots[job.slot] = None
+        self.store.blocks.give_back(job.blocks)
+        job.lease.release()
+        job.ticket.lease = None
 
     def _drawn(self, call: Call) -> list[tuple[DenoiseJob, Result | Exception]]:
         """The images that were decoded together; where that failed, each is decoded alone."""

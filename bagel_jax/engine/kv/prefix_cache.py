@@ -95,13 +95,17 @@ class PrefixCache:
             self._pool.share(pages)
             self._kept[key] = _Kept(list(pages), length)
 
-    def make_room(self, count: int) -> bool:
-        """Lets go of prefixes until `count` pages are free, if that is enough; says whether they are."""
-        if self._pool.num_free >= count:
+    def make_room(self, count: int, beside: int = 0) -> bool:
+        """Lets go of prefixes until `count` pages are free, if that is enough; says whether they are.
+
+        It is not enough unless `beside` more could be made free after them.
+        """
+        if self._pool.num_free >= count + beside:
             return True
         # Pages that others hold too do not become free, and prefixes that go in vain are computed again.
         holds = Counter(page for kept in self._kept.values() for page in kept.pages)
-        if self._pool.num_free + sum(self._pool.holders(page) == number for page, number in holds.items()) < count:
+        unused = sum(self._pool.holders(page) == number for page, number in holds.items())
+        if self._pool.num_free + unused < count + beside:
             return False
         while self._pool.num_free < count:
             self._pool.release(self._kept.popitem(last=False)[1].pages)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from bagel_jax.config import BagelConfig
+from bagel_jax.engine.kv.blocks import Blocks
 from bagel_jax.engine.kv.pool import PagePool
 from bagel_jax.engine.kv.prefix_cache import PrefixCache
 from bagel_jax.errors import InputError
@@ -38,17 +38,15 @@ class KVStore:
         placement: where they lie.
         config: the model's sizes.
         page_size: tokens a page.
-        contexts: pages for contexts.
-        blocks: pages behind those for the blocks that stage 1 denoises, which are its own to give away.
+        num_pages: how many.
         dtype: of keys and values.
     """
 
-    def __init__(self, placement: Placement, config: BagelConfig, page_size: int, contexts: int, blocks: int, dtype):
+    def __init__(self, placement: Placement, config: BagelConfig, page_size: int, num_pages: int, dtype):
         self.placement, self.page_size, self.dtype = placement, page_size, dtype
-        self.pool = PagePool(contexts + 1)
+        self.pool, self._config, self._num_pages = PagePool(num_pages), config, num_pages
         self.prefixes = PrefixCache(self.pool)
-        self.first_block, self._config = contexts + 1, config
-        self._num_pages = contexts + 1 + blocks
+        self.blocks = Blocks(self.pool, self.prefixes)
         self.pages = self._empty()
         self.copy([(0, 0)])  # compiled now: the first request may not need it, and the next one should compile nothing
 
@@ -58,9 +56,11 @@ class KVStore:
 
     def allocate(self, count: int) -> list[int] | None:
         """Pages for a context, for which kept prefixes go where they must; None where that is not enough."""
-        if count > self.pool.num_free:
-            self.prefixes.make_room(count)
-        return self.pool.allocate(count)
+        return self.pool.allocate(count) if self.make_room(count) else None
+
+    def make_room(self, count: int) -> bool:
+        """Makes sure that so many pages are free for contexts, beside what is promised; says whether they are."""
+        return self.prefixes.make_room(count, beside=self.blocks.kept)
 
     def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
         """Copies pages, each a pair (source, target), one after another."""
@@ -86,6 +86,7 @@ class KVStore:
         """Begins anew, whatever the books say."""
         self.pool.reset()
         self.prefixes.forget()
+        self.blocks.forget()
         self.pages = self._empty()
 
     def check(self) -> None:
@@ -98,6 +99,8 @@ class KVStore:
         if self.pool.num_free + len(kept) != self.pool.num_pages:
             lost = self.pool.num_pages - self.pool.num_free - len(kept)
             raise RuntimeError(f"{lost} of {self.pool.num_pages} pages are held though nothing is in work")
+        if not self.blocks.home:
+            raise RuntimeError("pages are promised to images, or taken, though nothing is in work")
 
     def _empty(self) -> jax.Array:
         c = self._config.trunk
@@ -105,15 +108,27 @@ class KVStore:
         return layout.empty_pages(*shape, self.dtype, self.placement.pages())
 
 
-def largest_context(config: BagelConfig, page_size: int) -> int:
-    """Pages of the largest context that counts when pages are counted automatically: an edit of the largest image."""
-    image = config.max_latent_size**2 + config.max_vit_patches**2 + 2 * NUM_MARKERS
-    return -(-(image + _TEXT_TOKENS) // page_size)
+def largest_context(config: BagelConfig, page_size: int, side: int | None = None) -> int:
+    """Pages of the largest context that counts when pages are counted automatically: an edit of an image.
+
+    Args:
+        config: the model's.
+        page_size: tokens a page.
+        side: of the image, in latent tokens; the largest there may be if it is not given.
+    """
+    side = config.max_latent_size if side is None else side
+    patches = min(config.max_vit_patches, -(-side * config.token_pixels // config.vit.patch_size))
+    return -(-(side**2 + patches**2 + 2 * NUM_MARKERS + _TEXT_TOKENS) // page_size)
 
 
 def block_pages(num_inside: int, page_size: int) -> int:
     """Pages of a noised block of so many latents, with the end of its context before it."""
     return -(-(num_inside + NUM_MARKERS) // page_size) + 1
+
+
+def all_blocks(num_inside: int, page_size: int) -> int:
+    """Pages of the blocks of an image of so many latents: one for each of as many views as there may be."""
+    return VIEWS * block_pages(num_inside, page_size)
 
 
 def page_bytes(config: BagelConfig, page_size: int, dtype, placement: Placement) -> int:
@@ -128,87 +143,57 @@ def make_stores(
 ) -> tuple[KVStore, KVStore]:
     """The stores of the two stages: the same one where they have the same placement.
 
-    Pages for contexts are as many as `num_pages` says, or else enough for as many of the largest contexts as may be in
-    work in stage 0, or what memory allows; with them come those of the blocks that stage 1 denoises. A placement of
-    stage 1 alone has pages for as many of the largest contexts as it may have images in work.
+    Pages are as many as `num_pages` says, or else enough for the largest contexts that may be in work in stage 0 and
+    the blocks of the largest images in stage 1, or what memory allows. A placement of stage 1 alone has pages for as
+    many of both as it may have images in work.
 
     Raises:
         InputError: there is no memory for so many pages.
     """
     context, denoise = placements
-    size, own = settings.page_size, context is denoise
-    budget, a_page = context.free_bytes(SHARE), page_bytes(config, size, dtype, context)
-    plan = context_pages(budget, a_page, config, settings, own=own)
-    store = KVStore(context, config, size, *plan, dtype)
-    if own:
-        return store, store
-    budget, a_page = denoise.free_bytes(SHARE), page_bytes(config, size, dtype, denoise)
-    return store, KVStore(denoise, config, size, *denoise_pages(budget, a_page, config, settings), dtype)
+    own = context is denoise
+
+    def store(place: Placement, **stages: bool) -> KVStore:
+        budget, a_page = place.free_bytes(SHARE), page_bytes(config, settings.page_size, dtype, place)
+        pages = count_pages(budget, a_page, config, settings, **stages)
+        return KVStore(place, config, settings.page_size, pages, dtype)
+
+    first = store(context, contexts=True, images=own)
+    return first, first if own else store(denoise, contexts=False, images=True)
 
 
-class PagePlan(NamedTuple):
-    """How many pages a store has, beside page 0."""
-
-    contexts: int
-    blocks: int  # for stage 1 to denoise in
-
-    @property
-    def total(self) -> int:
-        """All of them, page 0 too."""
-        return self.contexts + self.blocks + 1
-
-
-def context_pages(budget: int, a_page: int, config: BagelConfig, settings: EngineConfig, *, own: bool) -> PagePlan:
-    """The pages of stage 0's store.
+def count_pages(
+    budget: int, a_page: int, config: BagelConfig, settings: EngineConfig, *, contexts: bool, images: bool
+) -> int:
+    """Pages of a store, page 0 among them.
 
     Args:
         budget: bytes of a device that pages may take.
         a_page: bytes of a page.
         config, settings: of the model and the engine.
-        own: whether it is stage 1's too.
+        contexts: whether the store is stage 0's.
+        images: whether it is stage 1's.
 
     Raises:
         InputError: that is too little.
     """
-    blocks = all_blocks(config, settings) if own else 0
-    affordable = budget // a_page - 1
-    if affordable < 1:
+    affordable = budget // a_page
+    if affordable < 2:
         raise InputError(
             f"the device has {max(budget, 0)} bytes left for the KV cache, and a page of {settings.page_size} tokens "
             f"takes {a_page}; give a smaller page_size or a larger device"
         )
-    if blocks and affordable <= blocks:
-        raise _too_many_images(settings, blocks + 2, affordable)
-    affordable -= blocks
-    if settings.num_pages is None:
-        return PagePlan(min(settings.ar_max_num_seqs * largest_context(config, settings.page_size), affordable), blocks)
-    if settings.num_pages - 1 > affordable:
-        raise InputError(
-            f"num_pages is {settings.num_pages}, of {a_page} bytes each; the device has room for {affordable + 1} "
-            "beside all else, so give a smaller one"
-        )
-    return PagePlan(settings.num_pages - 1, blocks)
-
-
-def denoise_pages(budget: int, a_page: int, config: BagelConfig, settings: EngineConfig) -> PagePlan:
-    """The pages of a store that is stage 1's alone; see `context_pages`."""
-    contexts = settings.dit_max_num_seqs * largest_context(config, settings.page_size)
-    plan = PagePlan(contexts, all_blocks(config, settings))
-    if plan.total > budget // a_page:
-        raise _too_many_images(settings, plan.total, budget // a_page)
-    return plan
-
-
-def all_blocks(config: BagelConfig, settings: EngineConfig) -> int:
-    """Pages of the blocks of as many images as stage 1 may denoise at once."""
-    return settings.dit_max_num_seqs * VIEWS * block_pages(config.max_latent_size**2, settings.page_size)
-
-
-def _too_many_images(settings: EngineConfig, needed: int, affordable: int) -> InputError:
-    return InputError(
-        f"dit_max_num_seqs is {settings.dit_max_num_seqs}, for which stage 1 needs {needed} pages; the device has room "
-        f"for {affordable} beside all else, so give a smaller one"
-    )
+    if contexts and settings.num_pages is not None:
+        if settings.num_pages > affordable:
+            raise InputError(
+                f"num_pages is {settings.num_pages}, of {a_page} bytes each; the device has room for {affordable} "
+                "beside all else, so give a smaller one"
+            )
+        return settings.num_pages
+    requests = settings.ar_max_num_seqs if contexts else settings.dit_max_num_seqs
+    wanted = 1 + requests * largest_context(config, settings.page_size)
+    wanted += images * settings.dit_max_num_seqs * all_blocks(config.max_latent_size**2, settings.page_size)
+    return min(wanted, affordable)
 
 
 def _padded(numbers: Sequence[int]) -> np.ndarray:

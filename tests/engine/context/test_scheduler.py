@@ -14,6 +14,7 @@ from small import model, new_stage, random_image
 from bagel_jax.buckets import bucket, power_of_two
 from bagel_jax.engine.context.jobs import ContextJob, Decoding
 from bagel_jax.engine.context.scheduler import MAX_TEXTS, TEXT_BESIDE_IMAGE, Scheduler
+from bagel_jax.engine.kv.blocks import Blocks
 from bagel_jax.engine.kv.pool import PagePool
 from bagel_jax.engine.kv.prefix_cache import PrefixCache
 from bagel_jax.engine.kv.store import KVStore, _groups
@@ -40,6 +41,7 @@ class Books(KVStore):
     def __init__(self, num_pages: int, page_size: int = 64):
         self.pool, self.page_size = PagePool(num_pages), page_size
         self.prefixes = PrefixCache(self.pool)
+        self.blocks = Blocks(self.pool, self.prefixes)
 
 
 def scheduler_of(num_pages: int, **given) -> Scheduler:
