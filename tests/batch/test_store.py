@@ -371,6 +371,7 @@ def test_killed_workers(tmp_path, scheme, request):
     url, client = f"{scheme}://bucket/{tmp_path.name}", places.client(scheme)
     client.put_file(str(path), f"bucket/{tmp_path.name}/job.jsonl")
     environment = ENVIRONMENT | {name: os.environ[name] for name in os.environ if name.startswith(("AWS_", "STORAGE_"))}
+    environment["TMPDIR"] = str(tmp_path)  # where those who are killed leave something
     command = [sys.executable, "-c", WORKER, f"{url}/job.jsonl", f"{url}/out", "6"]
 
     def done() -> int:
