@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, BinaryIO, Protocol
 
 import msgspec
 import numpy as np
@@ -59,6 +59,19 @@ __all__ = [
 ]
 
 
+class Openable(Protocol):
+    """A file that is on no disk of this machine; `str` of it names it."""
+
+    def open(self) -> BinaryIO:
+        """To be read from; nothing needs to be closed."""
+
+
+class ImageBase(Protocol):
+    """What paths of images start from, where that is no folder of this machine."""
+
+    def __truediv__(self, path: str) -> Path | Openable: ...
+
+
 MAX_DATA_BYTES = 50 * 2**20  # of an image in a data: URL, encoded as a file would be
 
 
@@ -66,22 +79,22 @@ MAX_DATA_BYTES = 50 * 2**20  # of an image in a data: URL, encoded as a file wou
 class ImageFile:
     """An image in a file that is decoded when it is needed, each time, and kept nowhere."""
 
-    path: str | Path  # or the beginning of a data: URL
+    path: str | Path | Openable  # or the beginning of a data: URL
     size: tuple[int, int]  # width and height in pixels, as viewers show it
     data: bytes | None = field(default=None, repr=False)  # what a data: URL holds, which is a file's contents
 
     @classmethod
-    def find(cls, path: str | Path) -> ImageFile:
+    def find(cls, path: str | Path | Openable) -> ImageFile:
         """Reads the file's header only; damage behind it shows in `open`.
 
         Raises:
             InputError: no such file, or not an image that Pillow knows.
         """
-        with _reading(path), Image.open(path) as image:
+        with _reading(path) as file, Image.open(file) as image:
             return cls(path, upright_size(image))
 
     @classmethod
-    def named(cls, name: str, base: Path) -> ImageFile:
+    def named(cls, name: str, base: Path | ImageBase) -> ImageFile:
         """As an image is named in JSON: by its path, or it stands there itself, in a `data:` URL.
 
         Args:
@@ -242,7 +255,7 @@ class Request:
         )
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any] | str | bytes, base: Path) -> Request:
+    def from_json(cls, data: Mapping[str, Any] | str | bytes, base: Path | ImageBase) -> Request:
         """A request as a person writes it in JSON; `request_schema` says what may be in it.
 
         Images are looked at, and decoded when they are needed.
@@ -365,7 +378,7 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def open_image(path: str | Path, data: bytes | None = None) -> Image.Image:
+def open_image(path: str | Path | Openable, data: bytes | None = None) -> Image.Image:
     """An image from a file, fully decoded.
 
     Args:
@@ -375,17 +388,17 @@ def open_image(path: str | Path, data: bytes | None = None) -> Image.Image:
     Raises:
         InputError: no such file, or not an image that Pillow can read.
     """
-    with _reading(path):
-        image = Image.open(path if data is None else io.BytesIO(data))
+    with _reading(path) as file:
+        image = Image.open(file if data is None else io.BytesIO(data))
         image.load()
         return image
 
 
 @contextmanager
-def _reading(path: str | Path) -> Iterator[None]:
-    """Raises `InputError` for whatever goes wrong with a file of an image."""
+def _reading(path: str | Path | Openable) -> Iterator[str | Path | BinaryIO]:
+    """Raises `InputError` for whatever goes wrong with a file of an image; gives what Pillow is to open."""
     try:
-        yield
+        yield path if isinstance(path, str | Path) else path.open()
     except FileNotFoundError:
         raise InputError(f"image {path} does not exist; give the path of an image file") from None
     except Image.DecompressionBombError as error:

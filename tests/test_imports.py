@@ -15,7 +15,7 @@ from commands import process
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "bagel_jax"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-EXTRAS = {"train": ("train",), "batch": ("parquet",)}  # of rooms
+EXTRAS = {"train": ("train",), "batch": ("gcs", "parquet", "s3")}  # of rooms
 SERVING = [*PROJECT["dependencies"], "jaxlib"]  # which jax installs in its own version
 
 

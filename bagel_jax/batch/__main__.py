@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from bagel_jax import __version__, hosts
 from bagel_jax.batch.job import Defaults, Job, identity
 from bagel_jax.batch.output import JobFolder
+from bagel_jax.batch.places import place
 from bagel_jax.batch.presets import PRESETS, open_preset, preset_flags
 from bagel_jax.batch.progress import Progress, device_memory
 from bagel_jax.batch.sheet import write_sheet
@@ -52,7 +53,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "job", metavar="JOB", help='a line a request: {"modality": "text2img", "prompt": "a red bench", "height": 512}'
     )
-    p.add_argument("--output", required=True, metavar="DIR", help="where results go; the same for all workers")
+    p.add_argument(
+        "--output", required=True, metavar="DIR", help="where results go, also gs://… or s3://…; the same for all"
+    )
     p.add_argument("--model", metavar="DIR", help="a BAGEL checkpoint (default: the bundled demo model)")
     p.add_argument("--modality", choices=MODALITIES, help="of lines that do not say theirs")
     p.add_argument(
@@ -157,9 +160,13 @@ def _run(args: argparse.Namespace, config: EngineConfig, team: hosts.Team) -> in
     preset = open_preset(args) if args.preset else None
     source = preset or open_source(args.job, args.modality, args.prompts)
     job = Job(source)
+    if "://" in (args.model or ""):
+        raise InputError(f"--model {args.model} is not on this machine; give a folder that is, with a copy of it")
     model_folder = Path(args.model or MODEL)
-    output = output_folder(args.output)
-    if args.prompts is not None and output.resolve().is_relative_to(source.base.resolve()):
+    output = place(args.output)
+    if isinstance(output, Path):
+        output = output_folder(args.output)
+    if args.prompts is not None and isinstance(output, Path) and output.resolve().is_relative_to(source.base.resolve()):
         raise InputError(f"--output {output} lies in {source.base}, whose images are the job; give another folder")
     model = _open(args, config)
     more = {name: getattr(args, name) for name in ("format", "shard_size", "dtype", "vae_tiling")}
@@ -182,7 +189,7 @@ def _run(args: argparse.Namespace, config: EngineConfig, team: hosts.Team) -> in
         worker.run(run_many, progress)
     seconds = time.perf_counter() - started
     summary = folder.summarize()
-    if worker.counts.done or not (folder.path / "sheet.png").exists():
+    if worker.counts.done or not folder.has("sheet.png"):
         write_sheet(folder)
     failed = sum(summary["errors"].values())
     rate = worker.counts.done / max(seconds, 1e-3)
@@ -212,7 +219,8 @@ def signals(worker: Worker, grace: float) -> Iterator[None]:
     def end(number: int) -> None:
         if worker.stop():  # some block may still be finished
             over.wait(grace)
-        worker.let_go()
+        with contextlib.suppress(OSError):  # out of reach; others take over what stands still
+            worker.let_go()
         os._exit(128 + number)
 
     def on_signal(number: int, _) -> None:

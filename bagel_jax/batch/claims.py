@@ -9,11 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import threading
 import time
-from pathlib import Path
+from typing import Any
+
+from bagel_jax.batch.places import Place
+from bagel_jax.batch.store import open_folder
 
 _TOUCH_SECONDS = 2.0
+_CLAIM = re.compile(r"\d+\.\d+")
 
 
 class Claims:
@@ -25,10 +30,10 @@ class Claims:
         dead_after: seconds that a claim of another worker may stand still, by this worker's clock.
     """
 
-    def __init__(self, folder: Path, worker: str, dead_after: float):
-        self._folder, self._worker, self._dead_after = folder, worker, dead_after
-        self._mine: dict[int, Path] = {}
-        self._seen: dict[Path, tuple[int, float]] = {}  # others' claims: when touched, and since when known to us
+    def __init__(self, folder: Place, worker: str, dead_after: float):
+        self._folder, self._worker, self._dead_after = open_folder(folder), worker, dead_after
+        self._mine: dict[int, str] = {}
+        self._seen: dict[str, tuple[Any, float]] = {}  # others' claims: when touched, and since when known to us
         self._lock = threading.Lock()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._keep_alive, name="claims", daemon=True)
@@ -39,16 +44,12 @@ class Claims:
         last = self._last(block)  # one look: a second might see a claim that another has made since
         if not self._free(last):
             return None
-        number = 0 if last is None else int(last.suffix[1:]) + 1
-        path = self._folder / f"{block:05d}.{number}"
-        self._folder.mkdir(parents=True, exist_ok=True)  # who lets go of the last claim removes it
-        try:
-            with path.open("x", encoding="utf-8") as file:
-                file.write(self._worker)
-        except (FileExistsError, FileNotFoundError):  # another was faster, or has just removed the folder
+        number = 0 if last is None else _number(last) + 1
+        name = f"{block:05d}.{number}"
+        if not self._folder.create(name, self._worker.encode()):  # another was faster, or has just removed the folder
             return None
         with self._lock:
-            self._mine[block] = path
+            self._mine[block] = name
         return number
 
     def free(self, block: int) -> bool:
@@ -57,7 +58,7 @@ class Claims:
 
     def blocks(self) -> set[int]:
         """All blocks that are claimed, by whomever."""
-        return {int(path.stem) for path in self._folder.glob("*.*")}
+        return {int(name.partition(".")[0]) for name in self._names("")}
 
     def mine(self, block: int) -> bool:
         """Whether the block is still this worker's."""
@@ -69,8 +70,8 @@ class Claims:
             last = self._mine.pop(block, None)
         if last is None:
             return
-        for number in range(int(last.suffix[1:]) + 1):  # the last one at the end, or one before it would be the last
-            (self._folder / f"{block:05d}.{number}").unlink(missing_ok=True)
+        for number in range(_number(last) + 1):  # the last one at the end, or one before it would be the last
+            self._folder.remove(f"{block:05d}.{number}")
 
     def close(self) -> None:
         """Lets go of all blocks."""
@@ -78,20 +79,22 @@ class Claims:
         self._thread.join()
         for block in list(self._mine):
             self.release(block)
-        with contextlib.suppress(OSError):  # others have claims
-            self._folder.rmdir()
+        self._folder.clear("*.tmp")  # of those who died; who is just claiming a block does so again
+        self._folder.remove_if_empty()  # or others have claims
 
-    def _last(self, block: int) -> Path | None:
-        found = list(self._folder.glob(f"{block:05d}.*"))
-        return max(found, key=lambda path: int(path.suffix[1:]), default=None)
+    def _names(self, prefix: str) -> list[str]:
+        return list(filter(_CLAIM.fullmatch, self._folder.names(prefix)))
 
-    def _free(self, last: Path | None) -> bool:
+    def _last(self, block: int) -> str | None:
+        return max(self._names(f"{block:05d}."), key=_number, default=None)
+
+    def _free(self, last: str | None) -> bool:
         return last is None or self._dead(last)
 
-    def _dead(self, claim: Path) -> bool:
+    def _dead(self, claim: str) -> bool:
         try:
-            touched = claim.stat().st_mtime_ns
-            owner = claim.read_text(encoding="utf-8")
+            touched = self._folder.stamp(claim)
+            owner = self._folder.read(claim).decode(errors="replace")
         except OSError:
             return False  # released just now
         if _process_is_gone(owner):
@@ -104,11 +107,15 @@ class Claims:
 
     def _keep_alive(self) -> None:
         while not self._over.wait(_TOUCH_SECONDS):
-            with self._lock:
-                mine = list(self._mine.values())
-            for path in mine:
-                with contextlib.suppress(OSError):  # it was taken over, or the disk has a bad moment
-                    os.utime(path)
+            for block in list(self._mine):
+                # Not while it is released, which in an object store would make it anew.
+                with self._lock, contextlib.suppress(OSError):  # it was taken over, or the disk has a bad moment
+                    if block in self._mine:
+                        self._folder.touch(self._mine[block])
+
+
+def _number(claim: str) -> int:
+    return int(claim.rpartition(".")[2])
 
 
 def host_name() -> str:

@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import os
-from pathlib import Path
 from typing import Any, BinaryIO
 
+from bagel_jax.batch.places import Place, opened
 from bagel_jax.errors import InputError
 
 _END_BYTES = 2**16  # of a file's beginning and end that its fingerprint holds
 
 
-def open_file(path: Path) -> BinaryIO:
+def open_file(path: Place) -> BinaryIO:
     """The file of a job, to be read.
 
     Raises:
         InputError: it cannot be read.
     """
     try:
-        return path.open("rb")
+        return opened(path)
     except OSError as error:
         raise InputError(f"the job {path} cannot be read ({error.strerror}); give a file of requests") from None
 
 
-def file_fingerprint(path: Path) -> dict[str, Any]:
+def file_fingerprint(path: Place) -> dict[str, Any]:
     """A file's length, its beginning and its end, however long it is."""
     with open_file(path) as file:
         ends = file.read(_END_BYTES)

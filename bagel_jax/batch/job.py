@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bagel_jax.batch.openai_lines import MAX_N, heading, is_openai, request_fields
+from bagel_jax.batch.places import Names, Place
 from bagel_jax.batch.sources import Source
 from bagel_jax.errors import InputError, json_object
 from bagel_jax.options import APPLICABLE, MAX_SEED
@@ -74,7 +75,7 @@ class Defaults:
     num_images: int = 1
 
 
-def read_line(line: Line, base: Path, usual: Defaults) -> tuple[dict[str, Any], tuple[Request, ...] | Exception]:
+def read_line(line: Line, base: Place, usual: Defaults) -> tuple[dict[str, Any], tuple[Request, ...] | Exception]:
     """A line as what it says of itself, and its requests, one an image or a text, or what is wrong with it.
 
     Args:
@@ -111,7 +112,7 @@ def read_line(line: Line, base: Path, usual: Defaults) -> tuple[dict[str, Any], 
         seed = (usual.seed + line.number * step) % (MAX_SEED + 1)
         data = {"id": str(line.number), "seed": seed, **known, **data}
         said |= {name: data[name] for name, kind in _SAID.items() if type(data.get(name)) is kind}
-        request = Request.from_json(data, base)
+        request = Request.from_json(data, Names(base))
         count = count or (usual.num_images if request.makes_image else 1)
         return said, tuple(replace(request, seed=(request.seed + i) % (MAX_SEED + 1)) for i in range(count))
     except Exception as error:  # whatever a line holds, the others go on

@@ -2,8 +2,10 @@
 
 `job.json` says which job it is. `part-00007.jsonl` has a record a line of block 7; it appears last, whole, and says
 that the block is done. Its images are in `part-00007/`, or with the records in `part-00007.tar`, its counts in
-`part-00007.stats.json`. What a worker writes meanwhile is in `part-00007.NUMBER.tmp/`, by the number of its claim.
-When errors are tried again, the counts come last, with one more in `retries`.
+`part-00007.stats.json`. What a worker writes meanwhile is in `part-00007.NUMBER.tmp/`, by the number of its claim; of
+an object store in a temporary folder of the worker's machine. Images may be there without their records, of a worker
+that died while it published them: the next one has the same names for them. When errors are tried again, the counts
+come last, with one more in `retries`.
 """
 
 from __future__ import annotations
@@ -20,8 +22,10 @@ from pathlib import Path
 from typing import Any
 
 from bagel_jax.batch.openai_answers import answer
+from bagel_jax.batch.places import Place, inside
 from bagel_jax.batch.records import apart, failed, uniform
 from bagel_jax.batch.stats import summary
+from bagel_jax.batch.store import Folder, open_folder
 from bagel_jax.errors import InputError
 from bagel_jax.request import Result
 from bagel_jax.results import json_line
@@ -40,22 +44,18 @@ class JobFolder:
         InputError: the folder is another job's, or cannot be written to.
     """
 
-    def __init__(self, path: Path, job: Mapping[str, Any]):
+    def __init__(self, path: Place, job: Mapping[str, Any]):
         self.path, self.tar = path, job.get("format") == "webdataset"
+        self._folder, self._done = open_folder(path), None
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            while not (path / "job.json").exists():
-                new = _temporary(path / "job.json")
-                new.write_text(json.dumps(job, indent=1) + "\n", encoding="utf-8")
-                # It is made once, by whoever is first; and who ends the job just now may remove what is not.
-                with contextlib.suppress(FileExistsError, FileNotFoundError):
-                    os.link(new, path / "job.json")
-                new.unlink(missing_ok=True)
-            there = json.loads((path / "job.json").read_text(encoding="utf-8"))
+            # It is made once, by whoever is first; and who ends the job just now may remove what is not whole.
+            while not self._folder.exists("job.json"):
+                self._folder.create("job.json", f"{json.dumps(job, indent=1)}\n".encode())
+            there = json.loads(self._folder.read("job.json"))
         except OSError as error:
             raise InputError(f"--output {path} cannot be written to ({error.strerror}); give another folder") from None
         except ValueError:
-            raise InputError(f"{path / 'job.json'} is damaged; give another folder") from None
+            raise InputError(f"{path}/job.json is damaged; give another folder") from None
         for name, value in job.items():
             if not isinstance(there, dict) or there.get(name) != json.loads(json.dumps(value)):
                 raise InputError(
@@ -63,72 +63,78 @@ class JobFolder:
                 )
 
     @property
-    def claims(self) -> Path:
+    def claims(self) -> Place:
         """Where workers claim blocks."""
-        return self.path / "claims"
+        return inside(self.path, "claims")
 
     @property
-    def retries(self) -> Path:
+    def retries(self) -> Place:
         """Where workers claim blocks whose errors they try again; others, for whom the job is done, leave it alone."""
-        return self.path / "claims-retry"
+        return inside(self.path, "claims-retry")
+
+    def has(self, name: str) -> bool:
+        """Whether a file of the whole job is there."""
+        return self._folder.exists(name)
 
     def done(self, block: int) -> bool:
         """Whether a block's results are there."""
-        return self._records(block).exists()
+        if self._done is None:  # one look for all that are there: each would be a request to an object store
+            self._done = self._parts("jsonl")
+        if block not in self._done and self._folder.exists(f"part-{block:05d}.jsonl"):
+            self._done.add(block)
+        return block in self._done
 
     def count(self) -> int:
         """How many blocks are done."""
-        return sum(1 for _ in self.path.glob("part-*.jsonl"))
+        return len(self._parts("jsonl"))
 
     def records(self, block: int) -> list[dict[str, Any]]:
         """What a block that is done has of its lines."""
-        with self._records(block).open(encoding="utf-8") as file:
+        with self._folder.open(f"part-{block:05d}.jsonl") as file:
             return list(map(json.loads, file))
 
     def stats(self, block: int) -> dict[str, Any]:
         """The counts of a block that is done."""
-        return json.loads(self._stats(block).read_text(encoding="utf-8"))
+        return json.loads(self._folder.read(f"part-{block:05d}.stats.json"))
 
     def all_stats(self) -> dict[int, dict[str, Any]]:
         """The counts of all blocks that are done, in order."""
-        numbers = sorted(int(file.name[5:].split(".")[0]) for file in self.path.glob("part-*.stats.json"))
-        return {number: self.stats(number) for number in numbers if self.done(number)}
+        numbers = [number for number in sorted(self._parts("stats.json")) if self.done(number)]
+        read = self._folder.read_all([f"part-{number:05d}.stats.json" for number in numbers])
+        return dict(zip(numbers, map(json.loads, read), strict=True))
 
     @contextlib.contextmanager
     def images(self, block: int) -> Iterator[Callable[[str], bytes]]:
         """What reads images of a block that is done, by the names that its records give them."""
         if self.tar:
-            with tarfile.open(self.path / f"part-{block:05d}.tar") as archive:
+            with self._folder.open(f"part-{block:05d}.tar") as file, tarfile.open(fileobj=file) as archive:
                 yield lambda name: archive.extractfile(name.partition("/")[2]).read()
         else:
-            yield lambda name: (self.path / name).read_bytes()
+            yield self._folder.read
 
     def write(self, name: str, data: bytes) -> None:
         """Writes a file of the whole job, as a whole."""
         with contextlib.suppress(FileNotFoundError):  # another worker is at the same, and has just removed what is left
-            _write(self.path / name, data)
+            self._folder.write(name, data)
 
     def part(self, block: int, claim: int, files: Sequence[Sequence[str]], kept: Sequence[bool] | None = None) -> Part:
         """Where the results of a block's lines are put meanwhile; what dead workers left of it is removed."""
-        for left in self.path.glob(f"part-{block:05d}.*.tmp*"):
-            shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
-        return Part(self.path, block, claim, files, kept, tar=self.tar)
+        self._folder.clear(f"part-{block:05d}.*.tmp*")
+        return Part(self._folder, block, claim, files, kept, tar=self.tar)
 
     def summarize(self) -> dict[str, Any]:
         """When all blocks are done: writes and returns `summary.json`, and removes what killed workers left."""
         found = summary(list(self.all_stats().values()))
-        shutil.rmtree(self.claims, ignore_errors=True)
+        self._folder.remove_folder("claims")
         for name in "job.json", "summary.json", "sheet.png":  # not of parts: somebody may be at work on errors
-            for left in self.path.glob(f"{name}.*.tmp"):
-                left.unlink(missing_ok=True)
+            self._folder.clear(f"{name}.*.tmp")
         self.write("summary.json", (json.dumps(found, indent=1) + "\n").encode())
         return found
 
-    def _records(self, block: int) -> Path:
-        return self.path / f"part-{block:05d}.jsonl"
-
-    def _stats(self, block: int) -> Path:
-        return self.path / f"part-{block:05d}.stats.json"
+    def _parts(self, ending: str) -> set[int]:
+        """The numbers of parts that have a file with this ending."""
+        found = (re.fullmatch(r"part-(\d+)\.(.+)", name) for name in self._folder.names("part-"))
+        return {int(name[1]) for name in found if name and name[2] == ending}
 
 
 class Part:
@@ -144,7 +150,7 @@ class Part:
 
     def __init__(
         self,
-        folder: Path,
+        folder: Folder,
         block: int,
         claim: int,
         files: Sequence[Sequence[str]],
@@ -153,8 +159,7 @@ class Part:
         tar: bool,
     ):
         self._name, self._files, self._kept, self._tar = f"part-{block:05d}", files, kept, tar
-        self._folder, self._images = folder, folder / f"{self._name}.{claim}.tmp"
-        self._images.mkdir(exist_ok=True)
+        self._folder, self._images = folder, folder.workspace(f"{self._name}.{claim}.tmp")
 
     def save(self, i: int, k: int, result: Result) -> dict[str, Any]:
         """Writes image k of the block's line i; returns what a record says of it and of the text."""
@@ -168,31 +173,34 @@ class Part:
 
     def publish(self, records: list[dict[str, Any]], stats: Mapping[str, Any]) -> None:
         """Makes all results of the block visible; what says that they are there comes last."""
-        images = self._folder / self._name
-        if self._tar:
-            self._write_tar(records)
-        records_file = self._folder / f"{self._name}.jsonl"
-        # One in memory: there may be images in them.
-        whole = _written(records_file, (json_line(self._told(record)).encode() for record in records))
-        if self._tar:
-            self.drop()
-        elif self._kept is None:
-            if images.exists():  # of a worker that died here
-                shutil.rmtree(images)
-            self._images.rename(images) if any(self._images.iterdir()) else self._images.rmdir()
-        else:
-            for image in list(self._images.iterdir()):  # no record has these names yet, but one that is an error
-                images.mkdir(exist_ok=True)
-                image.replace(images / image.name)
-            self._images.rmdir()
-        stats_file = self._folder / f"{self._name}.stats.json"
-        files = [(_written(stats_file, [json.dumps(stats).encode(), b"\n"]), stats_file), (whole, records_file)]
-        for new, path in files if self._kept is None else reversed(files):
-            new.replace(path)
+        with contextlib.ExitStack() as stack:
+            stack.callback(self.drop)
+            if self._tar:
+                tar = self._draft("tar", stack)
+                self._write_tar(tar, records)
+                self._folder.put_file(tar, f"{self._name}.tar")
+            whole = self._draft("jsonl", stack)
+            # One in memory: there may be images in them.
+            _write(whole, (json_line(self._told(record)).encode() for record in records))
+            if self._tar:
+                self.drop()
+            else:  # no record has names of images yet that come beside others, but one that is an error
+                self._folder.put_folder(self._images, self._name, beside=self._kept is not None)
+            counts = self._draft("stats.json", stack)
+            _write(counts, [json.dumps(stats).encode(), b"\n"])
+            files = [(counts, f"{self._name}.stats.json"), (whole, f"{self._name}.jsonl")]
+            for file, name in files if self._kept is None else reversed(files):
+                self._folder.put_file(file, name)
 
     def drop(self) -> None:
         """Removes what there is."""
         shutil.rmtree(self._images, ignore_errors=True)
+
+    def _draft(self, ending: str, stack: contextlib.ExitStack) -> Path:
+        """Where a file of the part may be written before it is put; what is left there in the end is removed."""
+        file = self._folder.draft(f"{self._name}.{ending}")
+        stack.callback(file.unlink, missing_ok=True)
+        return file
 
     def _told(self, record: dict[str, Any]) -> dict[str, Any]:
         """A record in the form in which its line was asked."""
@@ -208,16 +216,17 @@ class Part:
             file.unlink()
         return data
 
-    def _write_tar(self, records: Sequence[Mapping[str, Any]]) -> None:
+    def _write_tar(self, file: Path, records: Sequence[Mapping[str, Any]]) -> None:
         """A member a file: each record, and beside it, called alike, its image, as webdataset's readers have it.
 
         What failed is no sample: readers expect the same files of all.
         """
-        path = self._folder / f"{self._name}.tar"
-        new = _temporary(path)
         with contextlib.ExitStack() as stack:
-            archive = stack.enter_context(tarfile.open(new, "w"))
-            before = None if self._kept is None else stack.enter_context(tarfile.open(path))
+            archive = stack.enter_context(tarfile.open(file, "w"))
+            before = None
+            if self._kept is not None:
+                old = stack.enter_context(self._folder.open(f"{self._name}.tar"))
+                before = stack.enter_context(tarfile.open(fileobj=old))
             there = set() if before is None else set(before.getnames())
             for i, (files, record) in enumerate(zip(self._files, records, strict=True)):
                 if failed(record):
@@ -234,7 +243,14 @@ class Part:
                             archive.addfile(member, before.extractfile(member))
                     elif image.exists():
                         archive.add(image, image.name, filter=_without_owner)
-        new.replace(path)
+
+
+def _write(file: Path, lines: Iterable[bytes]) -> None:
+    """A file that has only to be moved to where it shall be; on the disk before it is seen."""
+    with file.open("wb") as writer:
+        writer.writelines(lines)
+        writer.flush()
+        os.fsync(writer.fileno())
 
 
 def _without_owner(member: tarfile.TarInfo) -> tarfile.TarInfo:
@@ -271,23 +287,3 @@ def file_names(
         found.append([wanted + end for end in ends] if count > 1 else [wanted])
         names |= {(wanted + end).lower() for end in ("", *ends)}
     return found
-
-
-def _temporary(path: Path) -> Path:
-    """What a file is called until it is whole; no other worker, on whatever machine, calls one so."""
-    return path.with_name(f"{path.name}.{os.urandom(6).hex()}.tmp")
-
-
-def _write(path: Path, data: bytes) -> None:
-    """A whole file, at once; on the disk before it is seen."""
-    _written(path, [data]).replace(path)
-
-
-def _written(path: Path, lines: Iterable[bytes]) -> Path:
-    """A file that has only to be renamed to what it shall be."""
-    new = _temporary(path)
-    with new.open("wb") as file:
-        file.writelines(lines)
-        file.flush()
-        os.fsync(file.fileno())
-    return new

@@ -6,10 +6,10 @@ import base64
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from bagel_jax.batch.files import file_fingerprint, open_file
+from bagel_jax.batch.places import Place, parent
 from bagel_jax.errors import InputError, field_types
 from bagel_jax.options import RequestForm
 
@@ -27,8 +27,8 @@ class ParquetRows:
         InputError: it cannot be read, has no row or a column that no request has, or pyarrow is not installed.
     """
 
-    def __init__(self, path: Path):
-        self.name, self.base, self._path = str(path), path.parent, path
+    def __init__(self, path: Place):
+        self.name, self.base, self._path = str(path), parent(path), path
         with self._opened() as table:
             known = (*field_types(RequestForm), "metadata")
             for column in table.schema_arrow.names:

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 
 from PIL import Image
 
-from bagel_jax.batch.output import _temporary, _write
+from bagel_jax.batch.store import open_folder, temporary
 from bagel_jax.errors import InputError
 from bagel_jax.options import MAX_SEED
 
@@ -81,7 +81,7 @@ class Benchmark:
                 for record in map(json.loads, records):
                     for name, text in self._files(record):
                         (self.root / name).parent.mkdir(parents=True, exist_ok=True)
-                        _write(self.root / name, text.encode())
+                        open_folder(self.root).write(name, text.encode())
                     for k, one in enumerate(record.get("images", [record])):
                         if one.get("image") is None:
                             missing += 1
@@ -97,7 +97,7 @@ class Benchmark:
             with Image.open(source) as image:
                 box = image.getbbox()
                 if box not in (None, (0, 0, *image.size)):
-                    new = _temporary(target)
+                    new = temporary(target)
                     image.crop(box).save(new, "PNG")
                     new.replace(target)
                     return
@@ -255,7 +255,7 @@ class GEdit(Benchmark):
             data = self._field(self._field(row, number, "input_image", dict), number, "bytes", bytes)
             if not target.exists():
                 target.parent.mkdir(parents=True, exist_ok=True)
-                new = _temporary(target)
+                new = temporary(target)
                 new.write_bytes(data)  # whatever its format: who reads it looks at its beginning, not at its name
                 new.replace(target)
 
@@ -308,6 +308,9 @@ def open_preset(args: argparse.Namespace) -> Benchmark:
     kind = PRESETS[args.preset]
     if args.format != "files":
         raise InputError(f"format is {args.format}; --preset {kind.named} needs files, which it lays out")
+    for name, given in (("JOB", args.job), ("--output", args.output)):
+        if "://" in given:  # its images are links, and cut
+            raise InputError(f"{name} is {given}; --preset {kind.named} needs a file and a folder of this machine")
     if args.prompts is not None:
         raise InputError(f"prompts are given; {kind.named} has its own, so leave --prompts out")
     if kind.one_image and args.num_images > 1:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from bagel_jax.batch.files import file_fingerprint, open_file
 from bagel_jax.batch.folder import ImageFolder
 from bagel_jax.batch.parquet import ParquetRows
+from bagel_jax.batch.places import Place, parent, place
 from bagel_jax.errors import InputError
 
 
@@ -25,7 +26,7 @@ class Source(Protocol):
     """
 
     name: str
-    base: Path
+    base: Place
 
     def lines(self) -> Iterator[bytes]:
         """All requests anew, as JSON; one is in memory."""
@@ -41,8 +42,8 @@ class JsonLines:
         InputError: it cannot be read.
     """
 
-    def __init__(self, path: Path):
-        self.name, self.base, self._path = str(path), path.parent, path
+    def __init__(self, path: Place):
+        self.name, self.base, self._path = str(path), parent(path), path
         self._seen = 0, 0  # bytes and lines, as far as the file was ever read
         with open_file(path) as file:
             self._size = file.seek(0, os.SEEK_END)
@@ -75,15 +76,15 @@ def open_source(job: str, modality: str | None = None, prompts: Sequence[str] | 
     """What a command line calls JOB: a folder of images, a `.parquet` file, or else a JSONL file.
 
     Args:
-        job: its path.
+        job: its path or URL; a folder is one of this machine.
         modality, prompts: what is to be done with the images of a folder.
 
     Raises:
         InputError: it cannot be read, or there are prompts and no folder, or the other way round.
     """
-    path = Path(job)
-    if path.is_dir():
+    path = place(job)
+    if isinstance(path, Path) and path.is_dir():
         return ImageFolder(path, modality, prompts)
     if prompts is not None:
         raise InputError(f"--prompts was given for {path}, whose lines have their own; it is for a folder of images")
-    return ParquetRows(path) if path.suffix.lower() == ".parquet" else JsonLines(path)
+    return ParquetRows(path) if job.lower().endswith(".parquet") else JsonLines(path)

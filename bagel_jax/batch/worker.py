@@ -7,12 +7,12 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from bagel_jax.batch.claims import Claims, worker_name
 from bagel_jax.batch.job import Block, Defaults, Job, Line, read_line
 from bagel_jax.batch.output import JobFolder, Part, file_names
+from bagel_jax.batch.places import Place
 from bagel_jax.batch.records import failed
 from bagel_jax.batch.stats import tally
 from bagel_jax.errors import InputError
@@ -115,7 +115,7 @@ class Worker:
                 lambda number: number in errors and self._folder.stats(number)["retries"] == errors[number],
             )
 
-    def _round(self, run_many: RunMany, claims: Path, wanted: Callable[[int], bool]) -> None:
+    def _round(self, run_many: RunMany, claims: Place, wanted: Callable[[int], bool]) -> None:
         """Works until no block is wanted any more; what is not, once its results are there, says `wanted`."""
         if not any(wanted(block.number) for block in self._job.blocks(self._size)):
             return  # without a model
