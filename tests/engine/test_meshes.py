@@ -47,6 +47,7 @@ def test_golden_numbers_on_meshes():
     assert found[1]["weight_share"][1] == 1
 
 
+@pytest.mark.slow
 def test_random_load_on_a_mesh():
     """Requests that come and go on several devices are told apart by other arrays than on one."""
     for one in told(loads=[{"mesh": "data=2,tensor=2"}], heads=[{"mesh": "tensor=3"}]):
