@@ -20,7 +20,8 @@ STATM = Path("/proc/self/statm")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [2000, pytest.param(20_000, marks=pytest.mark.by_hand)])
+@pytest.mark.by_hand
+@pytest.mark.parametrize("count", [2000, 20_000])
 @pytest.mark.skipif(not STATM.exists(), reason="memory is read as Linux tells it")
 def test_memory_is_flat(tmp_path, count):
     """A job of ten million lines ends for want of memory after a day."""

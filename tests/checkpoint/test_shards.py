@@ -182,6 +182,7 @@ def test_memory_of_the_host(large, form):
 
 
 @pytest.mark.slow
+@pytest.mark.by_hand
 def test_full_size(tmp_path):
     """Of 29 GB a device reads what is another's, or what it has already; and the host holds a parameter whole."""
     result = told(FULL, checkpoints.write_official(tmp_path / "model"))
