@@ -200,7 +200,7 @@ def _run(args: argparse.Namespace, config: EngineConfig, team: hosts.Team) -> in
         flush=True,
     )
     if preset:
-        print(preset.lay_out(folder.path), flush=True)
+        print(preset.lay_out(folder), flush=True)
     return STRICT if failed and args.strict else DONE
 
 

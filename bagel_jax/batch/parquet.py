@@ -29,7 +29,7 @@ class ParquetRows:
 
     def __init__(self, path: Place):
         self.name, self.base, self._path = str(path), parent(path), path
-        with self._opened() as table:
+        with opened_table(self._path, f"the job {self.name}") as table:
             known = (*field_types(RequestForm), "metadata")
             for column in table.schema_arrow.names:
                 if column not in known:
@@ -40,7 +40,7 @@ class ParquetRows:
 
     def lines(self) -> Iterator[bytes]:
         """All rows, as JSON; images that are in them are `data:` URLs there."""
-        with self._opened() as table:
+        with opened_table(self._path, f"the job {self.name}") as table:
             for batch in table.iter_batches(batch_size=_ROWS):
                 yield from map(_json, batch.to_pylist(maps_as_pydicts="lossy"))
 
@@ -52,20 +52,30 @@ class ParquetRows:
         """The file's length, its beginning, and its end, where it says of all columns what is in them."""
         return file_fingerprint(self._path)
 
-    @contextmanager
-    def _opened(self) -> Iterator[Any]:
-        try:
-            import pyarrow
-            from pyarrow import parquet
-        except ImportError:
-            raise InputError(
-                f"the job {self.name} needs pyarrow, which is not installed; pip install 'bagel_jax[parquet]'"
-            ) from None
-        try:
-            with open_file(self._path) as file:
-                yield parquet.ParquetFile(file, buffer_size=_READ_BYTES, pre_buffer=False)  # or all of it is kept
-        except (pyarrow.ArrowException, OSError) as error:
-            raise InputError(f"the job {self.name} cannot be read as Parquet ({error}); give a whole file") from None
+
+@contextmanager
+def opened_table(path: Place, name: str) -> Iterator[Any]:
+    """A Parquet file, pyarrow's `ParquetFile`, of which only what is asked for is in memory.
+
+    Args:
+        path: where it is.
+        name: what errors call it.
+
+    Raises:
+        InputError: it cannot be read, also later, or pyarrow is not installed.
+    """
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise InputError(
+            f"{name} needs pyarrow, which is not installed; run pip install -e '.[parquet]' in the folder of bagel_jax"
+        ) from None
+    try:
+        with open_file(path) as file:
+            yield parquet.ParquetFile(file, buffer_size=_READ_BYTES, pre_buffer=False)  # or all of it is kept
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"{name} cannot be read as Parquet ({error}); give a whole file") from None
 
 
 def _json(row: Mapping[str, Any]) -> bytes:

@@ -13,12 +13,15 @@ import itertools
 import json
 import os
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 from PIL import Image
 
+from bagel_jax.batch.output import JobFolder
+from bagel_jax.batch.parquet import opened_table
 from bagel_jax.batch.store import open_folder, temporary
 from bagel_jax.errors import InputError
 from bagel_jax.options import MAX_SEED
@@ -27,14 +30,16 @@ from bagel_jax.options import MAX_SEED
 _NAME = re.compile(r"\w[\w .-]{0,99}")
 
 
-class Benchmark:
+class Benchmark(ABC):
     """A benchmark's prompts, a `Source`.
 
     Attributes:
         flags: of the command line, where it does not say otherwise.
         thinking: more of them in think mode.
         crops: whether the official script cuts black borders off.
+        one_image: whether a prompt has one image at most.
         named: what the benchmark's name is in the folder of results.
+        like: what its file is, for who gives another.
 
     Args:
         path: the file of prompts.
@@ -66,27 +71,25 @@ class Benchmark:
         """By what the prompts are known again."""
         return {"preset": self.named, "sha256": hashlib.sha256(b"\n".join(self._lines)).hexdigest()}
 
-    def prepare(self) -> None:
+    def prepare(self) -> None:  # noqa: B027 (most benchmarks need nothing)
         """What must lie on the disk before the first request; several workers may do it at once."""
 
-    def lay_out(self, folder: Path) -> str:
+    def lay_out(self, folder: JobFolder) -> str:
         """Links a job's images to where the scorer looks for them; returns what to tell of it.
 
         Args:
             folder: the job's, in which all parts are done.
         """
         missing = 0
-        for part in sorted(folder.glob("part-*.jsonl")):
-            with part.open(encoding="utf-8") as records:
-                for record in map(json.loads, records):
-                    for name, text in self._files(record):
-                        (self.root / name).parent.mkdir(parents=True, exist_ok=True)
-                        open_folder(self.root).write(name, text.encode())
-                    for k, one in enumerate(record.get("images", [record])):
-                        if one.get("image") is None:
-                            missing += 1
-                        else:
-                            self._put(folder / one["image"], self.root / self._image(record, k))
+        for record in itertools.chain.from_iterable(map(folder.records, folder.all_stats())):
+            for name, text in self._files(record):
+                (self.root / name).parent.mkdir(parents=True, exist_ok=True)
+                open_folder(self.root).write(name, text.encode())
+            for k, one in enumerate(record.get("images", [record])):
+                if one.get("image") is None:
+                    missing += 1
+                else:
+                    self._put(folder.path / one["image"], self.root / self._image(record, k))
         return f"{self.root} is for the scorer" + (f"; {missing:,} of its images are missing" if missing else "")
 
     def _put(self, source: Path, target: Path) -> None:
@@ -104,9 +107,9 @@ class Benchmark:
         with contextlib.suppress(FileExistsError):  # another worker's, the same
             os.link(source, target)
 
+    @abstractmethod
     def _requests(self) -> Iterable[dict[str, Any]]:
         """All requests, each with its id and metadata."""
-        raise NotImplementedError
 
     def _image(self, record: Mapping[str, Any], k: int) -> str:
         """Where image k of a record goes."""
@@ -270,24 +273,16 @@ class GEdit(Benchmark):
 
     def _rows(self, columns: Iterable[str]) -> Iterator[tuple[int, dict[str, Any]]]:
         """Some columns of all rows, with the rows' numbers; a few rows are in memory."""
-        try:
-            import pyarrow
-            from pyarrow.parquet import ParquetFile
-        except ImportError:
-            raise InputError("--preset gedit needs pyarrow; pip install 'bagel-jax[parquet]'") from None
         files = sorted(self._path.rglob("*.parquet")) if self._path.is_dir() else [self._path]
         if not files:
             raise self._wrong("holds no Parquet file")
         number = itertools.count()
         for file in files:
-            try:
-                with ParquetFile(file) as parquet:
-                    if gone := [name for name in columns if name not in parquet.schema_arrow.names]:
-                        raise self._wrong(f"has no column {gone[0]} in {file.name}")
-                    for batch in parquet.iter_batches(batch_size=16, columns=list(columns)):
-                        yield from zip(number, batch.to_pylist())  # noqa: B905 (one of them has no end)
-            except (OSError, pyarrow.ArrowException) as error:
-                raise self._wrong(f"cannot be read ({error})") from None
+            with opened_table(file, str(file)) as table:
+                if gone := [name for name in columns if name not in table.schema_arrow.names]:
+                    raise self._wrong(f"has no column {gone[0]} in {file.name}")
+                for batch in table.iter_batches(batch_size=16, columns=list(columns)):
+                    yield from zip(number, batch.to_pylist())  # noqa: B905 (one of them has no end)
 
 
 PRESETS: Mapping[str, type[Benchmark]] = {kind.named: kind for kind in (GenEval, Wise, GEdit, ImgEdit)}

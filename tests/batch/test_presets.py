@@ -35,7 +35,7 @@ def evaluate(name: str, path: Path, output: Path, *flags: str, run=run_many) -> 
     folder = JobFolder(output, identity(Job(preset), Path(__file__).parent, usual))
     preset.prepare()
     Worker(Job(preset), folder, 7, usual).run(run)
-    return preset.lay_out(folder.path)
+    return preset.lay_out(folder)
 
 
 def files(folder: Path) -> list[str]:
@@ -197,7 +197,7 @@ def test_gedit(tmp_path):
         ("imgedit", b"[1]", "holds a JSON list; imgedit reads an object as {"),
         ("imgedit", b'{"1": {"id": "a.png"}}', "has no usable 'prompt' in entry 1"),
         ("imgedit", b'{"a/b": {"id": "a.png", "prompt": "a"}}', "has 'a/b' for part of a file's name"),
-        ("gedit", b"no Parquet", "cannot be read ("),
+        ("gedit", b"no Parquet", "cannot be read as Parquet ("),
     ],
 )
 def test_a_file_that_is_no_such_benchmark(tmp_path, name, content, message):

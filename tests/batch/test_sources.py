@@ -143,7 +143,7 @@ def test_a_table_damaged_in_the_middle(tmp_path):
 def test_without_pyarrow(tmp_path, monkeypatch):
     """Nobody says what is missing."""
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(InputError, match=r"needs pyarrow, which is not installed; pip install 'bagel_jax\[parquet\]'"):
+    with pytest.raises(InputError, match=r"needs pyarrow, which is not installed; run pip install -e '\.\[parquet\]'"):
         open_source(str(tmp_path / "job.parquet"))
 
 

@@ -190,6 +190,7 @@ def test_a_context_lies_once():
     assert set(ticket.lease.pages) == pages
     (job,) = engine.denoise.jobs
     assert held(engine) == len(pages) + len(job.blocks)  # in work
+    assert len(job.blocks) % len(job.view_pages) == 0
     finish(engine)
     kept = store.prefixes.pages
     assert held(engine) == len(kept)

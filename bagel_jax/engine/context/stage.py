@@ -196,9 +196,10 @@ class ContextStage:
             return f"the request may need {longest} tokens of context; at most {MAX_CONTEXT} are possible"
         pages, there = self.scheduler.pages_needed(job) + job.ticket.blocks, self.store.pool.num_pages
         if pages > there:
+            less = "ask for a smaller image" if job.ticket.blocks else "lower its limit of tokens"
             return (
                 f"the request may need {pages} pages of {size} tokens and the KV cache has {there}; raise num_pages to "
-                f"{pages + 1}, lower its limit of tokens or ask for a smaller image"
+                f"{pages + 1} or {less}"
             )
         return None
 

@@ -109,8 +109,8 @@ class DenoiseStage:
         if pages + blocks > there:
             raise InputError(
                 f"the request needs {pages + blocks} pages of {self.settings.page_size} tokens in stage 1, {blocks} of "
-                f"them for its image, and there are {there}; ask for a smaller image, give a shorter prompt or raise "
-                f"{'num_pages' if ticket.blocks else 'dit_max_num_seqs'}"
+                f"them for its image, and there are {there}; ask for a smaller image, give a shorter prompt, or raise "
+                "dit_max_num_seqs or num_pages"
             )
 
     def blocks_needed(self, ticket: Ticket) -> int:
@@ -131,12 +131,14 @@ class DenoiseStage:
             if not self._reserve(ticket):
                 return False
             job = DenoiseJob.create(ticket, ticket.lease)
-            job.slot, job.blocks = self.slots.index(None), blocks
+            job.slot = self.slots.index(None)
+            job.blocks = blocks[: len(job.view_pages) * block_pages(job.tokens, self.settings.page_size)]
             self._lay_blocks(job)
             noise = np.zeros(self.latents.shape[1:], np.float32)
             noise[: job.tokens] = ticket.prepared.initial_latent
             self.latents = steps.join(self.latents, np.int32(job.slot), noise, spread=self.spread)
             undo.pop_all()
+        self.store.blocks.give_back(blocks[len(job.blocks) :])  # of views that see the same as others
         self.store.blocks.forgo(ticket)
         self.slots[job.slot], ticket.denoise = job, job
         ticket.enter("denoise", now)
